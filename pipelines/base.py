@@ -1,0 +1,61 @@
+"""The words that every family and the server share. Standard library and Pillow only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+OnStep = Callable[[str, int, int], None]
+"""Told `(phase, step, steps)` after each step; may raise `JobCancelled` to stop the run at that boundary."""
+
+
+class JobCancelled(Exception):
+    """Raised out of `OnStep`: the job is to stop here."""
+
+
+class InvalidInput(Exception):
+    """The caller's fault: the params or an input file cannot be used. The message is for the caller."""
+
+
+class UnusableWeights(Exception):
+    """The operator's fault: a weights file is missing, truncated or of a kind that is not loaded."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a model with weights of its own.
+
+    `key` is the hash of its files and its dtype: two components with one key hold the same bytes and are loaded once.
+    `weights_bytes` is what it takes on a device. `path` is a folder (diffusers layout) or a single file.
+    """
+
+    name: str
+    key: str
+    weights_bytes: int
+    path: Path
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One model's weights as installed: all that a family needs to load it."""
+
+    model: str
+    family: str
+    folder: Path
+    components: tuple[Component, ...]
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(component.weights_bytes for component in self.components)
+
+    def component(self, name: str) -> Component:
+        return next(component for component in self.components if component.name == name)
+
+
+class Pipeline(Protocol):
+    """A family's object, able to `generate`. Built by the family module's `build(weights, residency)`."""
+
+    def generate(self, params: Any, on_step: OnStep) -> Any:
+        """Run once. Returns a `PIL.Image.Image` (RGB or RGBA, 8 bits). Raises `InvalidInput` or `JobCancelled`."""
+        ...

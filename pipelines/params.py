@@ -1,0 +1,152 @@
+"""Parameters, written once: the fields, the bodies that callers send, and the params that pipelines run."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+MAX_SEED = 2**32 - 1
+
+Workflow = Literal[
+    "text-to-image", "image-to-image", "style-transfer", "upscale", "remove-bg",
+    "text-to-video", "image-to-video", "reference-to-video", "extend", "lip-sync",
+]  # fmt: skip
+
+Prompt = Annotated[str, Field(min_length=1, max_length=8_000, pattern=r"\S", description="What to make.")]
+NegativePrompt = Annotated[str, Field(max_length=8_000, description="What to keep out.")]
+ModelName = Annotated[str, Field(min_length=1, max_length=100, description="A model's id or alias.")]
+Url = Annotated[
+    str, Field(min_length=1, description="An `https:`, `http:` or `data:` URL, or one of this server's own file URLs.")
+]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="The same seed gives the same output on one device.")]
+Strength = Annotated[float, Field(ge=0, le=1, description="0 keeps the input image, 1 ignores it.")]
+Steps = Annotated[int, Field(ge=1, le=100, description="Denoising steps.")]
+GuidanceScale = Annotated[float, Field(ge=0, le=30, description="How closely to follow the prompt.")]
+Scale = Annotated[Literal[2, 4], Field(description="How many times wider and higher.")]
+AspectRatio = Annotated[str, Field(pattern=r"^\d{1,2}:\d{1,2}$", description="Width to height, such as `16:9`.")]
+Duration = Annotated[float, Field(gt=0, le=60, description="Length in seconds.")]
+Resolution = Annotated[str, Field(max_length=20, description="A size class, such as `480p` or `720p`.")]
+FramesPerSecond = Annotated[int, Field(ge=1, le=60, description="Frames per second.")]
+OutputFormat = Annotated[Literal["png", "jpeg", "webp"], Field(description="The image file's format.")]
+Pixels = Annotated[int, Field(ge=16, le=16_384)]
+
+
+class Body(BaseModel):
+    """What a caller sends: camelCase JSON, types exact, unknown fields kept apart to be named in the answer."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, strict=True, extra="allow", frozen=True, protected_namespaces=()
+    )
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        """The known fields that the caller set, by their names here; an explicit null counts as not set."""
+        return {name: getattr(self, name) for name in self.model_fields_set - self.unknown if self._has(name)}
+
+    @property
+    def unknown(self) -> set[str]:
+        """Field names, as sent, that no route of this kind knows."""
+        return set(self.model_extra or ())
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) is not None
+
+
+class GenerateImage(Body):
+    """`POST /api/image/fal/generate`."""
+
+    prompt: Prompt
+    model: ModelName
+    image_url: Url | None = None
+    image_urls: Annotated[list[Url], Field(min_length=1, max_length=10)] | None = None
+    aspect_ratio: AspectRatio | None = None
+    workflow: Workflow | None = None
+    seed: Seed | None = None
+    negative_prompt: NegativePrompt | None = None
+    strength: Strength | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: GuidanceScale | None = None
+    output_format: OutputFormat | None = None
+
+
+class GenerateVideo(Body):
+    """`POST /api/video/fal/generate`."""
+
+    prompt: Prompt
+    model: ModelName
+    image_url: Url | None = None
+    image_urls: Annotated[list[Url], Field(min_length=1, max_length=10)] | None = None
+    video_url: Url | None = None
+    audio_url: Url | None = None
+    duration: Duration | None = None
+    aspect_ratio: AspectRatio | None = None
+    resolution: Resolution | None = None
+    fps: FramesPerSecond | None = None
+    workflow: Workflow | None = None
+    seed: Seed | None = None
+    negative_prompt: NegativePrompt | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: GuidanceScale | None = None
+
+
+class UpscaleImage(Body):
+    """`POST /api/image/fal/upscale`."""
+
+    image_url: Url
+    scale: Scale = 2
+    model: ModelName | None = None
+    output_format: OutputFormat | None = None
+
+
+class RemoveBackgroundOf(Body):
+    """`POST /api/image/fal/remove-bg`."""
+
+    image_url: Url
+    model: ModelName | None = None
+
+
+class Params(BaseModel):
+    """What a pipeline runs: complete, nothing left to choose. Stored with the job as camelCase JSON."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, validate_by_name=True, extra="forbid", frozen=True, protected_namespaces=()
+    )
+
+
+class TextToImage(Params):
+    prompt: Prompt
+    width: Pixels
+    height: Pixels
+    seed: Seed
+    num_inference_steps: Steps
+    guidance_scale: GuidanceScale = 0.0
+    negative_prompt: NegativePrompt = ""
+    output_format: OutputFormat = "png"
+
+
+class ImageToImage(TextToImage):
+    """Also style transfer and editing. `images` are files; `width` and `height` are the output's."""
+
+    images: tuple[Path, ...]
+    strength: Strength = 1.0
+
+
+class Upscale(Params):
+    image: Path
+    scale: Scale
+    output_format: OutputFormat = "png"
+
+
+class RemoveBackground(Params):
+    image: Path
+
+
+PARAMS: dict[str, type[Params]] = {
+    "text-to-image": TextToImage,
+    "image-to-image": ImageToImage,
+    "style-transfer": ImageToImage,
+    "upscale": Upscale,
+    "remove-bg": RemoveBackground,
+}
+"""The params class of each workflow that runs here."""
