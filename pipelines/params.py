@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic.alias_generators import to_camel
 
 MAX_SEED = 2**32 - 1
@@ -32,6 +32,14 @@ OutputFormat = Annotated[Literal["png", "jpeg", "webp"], Field(description="The 
 Pixels = Annotated[int, Field(ge=16, le=16_384)]
 
 
+def _located(name: Path, info: ValidationInfo) -> Path:
+    return info.context["files"] / name if info.context else name
+
+
+InputFile = Annotated[Path, AfterValidator(_located)]
+"""A name in the folder of files; the whole path where validation is given `context={"files": folder}`."""
+
+
 class Body(BaseModel):
     """What a caller sends: camelCase JSON, types exact, unknown fields kept apart to be named in the answer."""
 
@@ -40,17 +48,15 @@ class Body(BaseModel):
     )
 
     @property
-    def sent(self) -> dict[str, Any]:
-        """The known fields that the caller set, by their names here; an explicit null counts as not set."""
-        return {name: getattr(self, name) for name in self.model_fields_set - self.unknown if self._has(name)}
+    def given(self) -> dict[str, Any]:
+        """The known fields that have a value, by their names here; an explicit null counts as not sent."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @property
-    def unknown(self) -> set[str]:
+    def unknown(self) -> frozenset[str]:
         """Field names, as sent, that no route of this kind knows."""
-        return set(self.model_extra or ())
-
-    def _has(self, name: str) -> bool:
-        return getattr(self, name) is not None
+        return frozenset(self.model_extra or ())
 
 
 class GenerateImage(Body):
@@ -113,6 +119,8 @@ class Params(BaseModel):
         alias_generator=to_camel, validate_by_name=True, extra="forbid", frozen=True, protected_namespaces=()
     )
 
+    output_format: OutputFormat = "png"
+
 
 class TextToImage(Params):
     prompt: Prompt
@@ -122,24 +130,22 @@ class TextToImage(Params):
     num_inference_steps: Steps
     guidance_scale: GuidanceScale = 0.0
     negative_prompt: NegativePrompt = ""
-    output_format: OutputFormat = "png"
 
 
 class ImageToImage(TextToImage):
     """Also style transfer and editing. `images` are files; `width` and `height` are the output's."""
 
-    images: tuple[Path, ...]
+    images: tuple[InputFile, ...]
     strength: Strength = 1.0
 
 
 class Upscale(Params):
-    image: Path
+    image: InputFile
     scale: Scale
-    output_format: OutputFormat = "png"
 
 
 class RemoveBackground(Params):
-    image: Path
+    image: InputFile
 
 
 PARAMS: dict[str, type[Params]] = {

@@ -1,0 +1,13 @@
+"""What an exception out of a pipeline says about its device."""
+
+import torch
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """The device's memory, or the host's, was not enough: the run may do in another way or place."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def broke_the_device(error: BaseException) -> bool:
+    """A CUDA error other than out of memory: the process's context is not to be trusted any more."""
+    return isinstance(error, torch.AcceleratorError) and not ran_out_of_memory(error)

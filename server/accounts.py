@@ -1,0 +1,143 @@
+"""Who calls: users and their API keys. Keys are stored hashed, in the format of Better Auth's api-key plugin."""
+
+import base64
+import hashlib
+import secrets
+import string
+from dataclasses import dataclass
+from typing import Any
+
+from sqlite_utils import Database
+
+from server import ledger
+from server.clock import iso
+from server.errors import InvalidApiKey, KeyDisabled, KeyExpired, NotFound
+
+KEY_PREFIX = "bnp_"
+SIGN_UP_CREDITS = 10
+OWNER_CREDITS = 100_000
+"""What the owner starts with: on one's own machine credits count use, they do not ration it."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whoever a request was authenticated as."""
+
+    user_id: str
+    key_id: str | None
+    role: str
+
+
+def create_user(db: Database, name: str, email: str, now: float, *, role: str = "user", plan: str = "free") -> str:
+    """Returns the new user's id. The sign-up credits are a ledger entry. Part of the caller's transaction."""
+    user_id = random_id()
+    db.table("user").insert(
+        {
+            "id": user_id,
+            "name": name,
+            "email": email.lower(),
+            "role": role,
+            "plan": plan,
+            "createdAt": iso(now),
+            "updatedAt": iso(now),
+        }
+    )
+    ledger.grant(db, user_id, SIGN_UP_CREDITS, "sign-up", now)
+    return user_id
+
+
+def create_owner(db: Database, now: float) -> str | None:
+    """On a database without users, make the first one: an admin. Returns their API key, which is shown once."""
+    if db.table("user").count:
+        return None
+    user_id = create_user(db, "owner", "owner@localhost", now, role="admin", plan="studio")
+    ledger.grant(db, user_id, OWNER_CREDITS, "owner", now)
+    return create_key(db, user_id, "first start", now)
+
+
+def create_key(db: Database, user_id: str, name: str | None, now: float, expires_at: float | None = None) -> str:
+    """Returns the key in clear: it is stored hashed and cannot be shown again."""
+    key = KEY_PREFIX + "".join(secrets.choice(string.ascii_letters) for _ in range(64))
+    db.table("apikey").insert(
+        {
+            "id": random_id(),
+            "name": name,
+            "start": key[:6],
+            "prefix": KEY_PREFIX,
+            "key": hash_of(key),
+            "referenceId": user_id,
+            "expiresAt": None if expires_at is None else iso(expires_at),
+            "createdAt": iso(now),
+            "updatedAt": iso(now),
+        }
+    )
+    return key
+
+
+def keys(db: Database, user_id: str | None = None) -> list[dict[str, Any]]:
+    """All keys, or one user's, without their hashes, oldest first."""
+    return list(
+        db.query(
+            "SELECT apikey.id, apikey.name, start, enabled, lastRequest, expiresAt, apikey.createdAt, user.email"
+            " FROM apikey JOIN user ON user.id = referenceId WHERE :user IS NULL OR user.id = :user"
+            " ORDER BY apikey.createdAt, apikey.rowid",
+            {"user": user_id},
+        )
+    )
+
+
+def revoke_key(db: Database, key_id: str, now: float) -> None:
+    """The key stops working at once. Raises NotFound."""
+    changed = db.execute("UPDATE apikey SET enabled = 0, updatedAt = ? WHERE id = ?", [iso(now), key_id])
+    if not changed.rowcount:
+        raise NotFound(f"No key {key_id!r}.")
+
+
+def authenticate(db: Database, key: str, now: float) -> Caller:
+    """The caller whose key this is. Raises InvalidApiKey, KeyDisabled or KeyExpired.
+
+    The look-up is by the key's hash, so its timing tells nothing about any stored key.
+    """
+    found = db.query(
+        "SELECT apikey.id, referenceId, enabled, expiresAt, lastRequest, role FROM apikey"
+        " JOIN user ON user.id = referenceId WHERE key = ?",
+        [hash_of(key)],
+    )
+    for row in found:
+        if not row["enabled"]:
+            raise KeyDisabled("This API key was revoked.")
+        if row["expiresAt"] and row["expiresAt"] <= iso(now):
+            raise KeyExpired("This API key has expired.")
+        _note_use(db, row, now)
+        return Caller(row["referenceId"], row["id"], row["role"])
+    raise InvalidApiKey("This API key is not known here.")
+
+
+def user_by_email(db: Database, email: str) -> str:
+    """The user's id. Raises NotFound."""
+    for row in db.query("SELECT id FROM user WHERE email = ?", [email.lower()]):
+        return row["id"]
+    raise NotFound(f"No user with the address {email!r}.")
+
+
+def user(db: Database, user_id: str) -> dict[str, Any]:
+    """The user's row. Raises NotFound."""
+    for row in db.query("SELECT * FROM user WHERE id = ?", [user_id]):
+        return row
+    raise NotFound(f"No user {user_id!r}.")
+
+
+def hash_of(key: str) -> str:
+    """base64url(SHA-256(key)) without padding. A key has 365 random bits, so no slow hash is needed."""
+    return base64.urlsafe_b64encode(hashlib.sha256(key.encode()).digest()).rstrip(b"=").decode()
+
+
+def random_id() -> str:
+    """32 letters and digits, as Better Auth's ids are."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(32))
+
+
+def _note_use(db: Database, row: dict[str, Any], now: float) -> None:
+    """Once a minute is enough for "last used", and spares a write on every call."""
+    if row["lastRequest"] is None or row["lastRequest"] < iso(now - 60):
+        db.execute("UPDATE apikey SET lastRequest = ? WHERE id = ?", [iso(now), row["id"]])

@@ -1,0 +1,79 @@
+"""How the four generation routes answer: wait for the job, or `202` to `Prefer: respond-async`."""
+
+import asyncio
+import re
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+from pipelines.params import Body
+from server import ledger
+from server.accounts import Caller
+from server.api.jobs import job_json, output_json
+from server.errors import GenerationFailed, JobWasCancelled, PlantainError, from_code
+from server.intake import Accepted
+from server.jobs import Job
+from server.services import Services
+
+RETRY_AFTER_S = 2
+
+
+async def answer(
+    request: Request, served: Services, caller: Caller, kind: str, body: Body, base_url: str
+) -> JSONResponse:
+    """Run one request to its documented answer. What it raises becomes the error envelope."""
+    own_bases = (base_url, str(request.base_url).rstrip("/"))
+    accepted = await served.intake.accept(caller, kind, body, own_bases)
+    respond_async, wait_s = preferences(request.headers.get("prefer", ""))
+    try:
+        async with asyncio.timeout(wait_s if respond_async else None):
+            job = await served.dispatcher.wait(accepted.job.id)
+    except TimeoutError:
+        return _accepted(served, accepted, base_url)
+    if job.status != "succeeded":
+        raise await _failure(served, job)
+    balance = await served.store.call(ledger.balance, served.store.db, caller.user_id)
+    headers = _headers(accepted, balance) | {"X-Served-By": job.served_by or ""}
+    return JSONResponse(output_json(served, job, base_url), headers=headers)
+
+
+def preferences(prefer: str) -> tuple[bool, float]:
+    """(respond-async, seconds of `wait`) of a Prefer header, RFC 7240."""
+    tokens = [token.strip().lower() for token in re.split(r"[,;]", prefer)]
+    waits = [token.removeprefix("wait=") for token in tokens if re.fullmatch(r"wait=\d{1,4}", token)]
+    return "respond-async" in tokens, float(waits[0]) if waits else 0.0
+
+
+def _accepted(served: Services, accepted: Accepted, base_url: str) -> JSONResponse:
+    location = f"/api/jobs/{accepted.job.id}"
+    headers = _headers(accepted, accepted.balance) | {
+        "Location": location,
+        "Preference-Applied": "respond-async",
+        "Retry-After": str(RETRY_AFTER_S),
+    }
+    return JSONResponse(job_json(served, accepted.job, base_url), status_code=202, headers=headers)
+
+
+def _headers(accepted: Accepted, balance: int) -> dict[str, str]:
+    headers = {
+        "X-Job-Id": accepted.job.id,
+        "X-Credits-Charged": str(accepted.job.credits),
+        "X-Credits-Remaining": str(balance),
+        "Vary": "Prefer",
+    }
+    if accepted.ignored:
+        headers["X-Ignored-Fields"] = ", ".join(sorted(map(_token, accepted.ignored)))
+    return headers
+
+
+def _token(field: str) -> str:
+    """A field's name fit for a header: it came from the caller."""
+    return re.sub(r"[^\w.-]", "?", field, flags=re.ASCII)[:64]
+
+
+async def _failure(served: Services, job: Job) -> PlantainError:
+    error = job.error or {}
+    balance = await served.store.call(ledger.balance, served.store.db, job.user_id)
+    cls = from_code(error.get("code", ""), JobWasCancelled if job.status == "cancelled" else GenerationFailed)
+    headers = {"X-Job-Id": job.id, "X-Credits-Charged": "0", "X-Credits-Remaining": str(balance)}
+    return cls(error.get("error", cls.title), headers=headers, refunded=job.credits, balance=balance, jobId=job.id)

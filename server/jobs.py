@@ -1,0 +1,56 @@
+"""A job, from submit to end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+FINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+MAX_ATTEMPTS = 2
+"""A job whose worker dies under it runs again once."""
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A checked request: nothing about it is left to choose. `params` are camelCase JSON; images are file names."""
+
+    id: str
+    user_id: str
+    key_id: str | None
+    kind: str
+    model: str
+    workflow: str
+    params: Mapping[str, Any]
+    pixels: int
+    output_name: str
+    credits: int
+    input_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the table. Instants are seconds since 1970; `output` and `error` are JSON or None."""
+
+    id: str
+    user_id: str
+    key_id: str | None
+    kind: str
+    model: str
+    workflow: str
+    status: Status
+    params: Mapping[str, Any]
+    pixels: int
+    output_name: str
+    credits: int
+    attempts: int
+    device: str | None
+    served_by: str | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    output: Mapping[str, Any] | None
+    error: Mapping[str, Any] | None
+
+    @property
+    def is_final(self) -> bool:
+        return self.status in FINAL

@@ -1,0 +1,87 @@
+"""The schema, as numbered steps. A step that was released is never changed; the next one is added."""
+
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
+
+migrations = Migrations("plantain")
+
+
+@migrations(name="0001_first")
+def first(db: Database) -> None:
+    """Users and keys carry Better Auth's table and column names, so that such a database can be brought over."""
+    for statement in FIRST.split(";"):
+        if statement.strip():
+            db.execute(statement)
+
+
+FIRST = """
+CREATE TABLE user (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    email TEXT NOT NULL UNIQUE,
+    emailVerified INTEGER NOT NULL DEFAULT 0,
+    image TEXT,
+    createdAt TEXT NOT NULL,
+    updatedAt TEXT NOT NULL,
+    role TEXT NOT NULL DEFAULT 'user',
+    plan TEXT NOT NULL DEFAULT 'free',
+    balance INTEGER NOT NULL DEFAULT 0 CHECK (balance >= 0)
+);
+CREATE TABLE apikey (
+    id TEXT PRIMARY KEY,
+    name TEXT,
+    start TEXT NOT NULL,
+    prefix TEXT NOT NULL,
+    key TEXT NOT NULL UNIQUE,
+    referenceId TEXT NOT NULL REFERENCES user(id) ON DELETE CASCADE,
+    enabled INTEGER NOT NULL DEFAULT 1,
+    lastRequest TEXT,
+    expiresAt TEXT,
+    createdAt TEXT NOT NULL,
+    updatedAt TEXT NOT NULL
+);
+CREATE INDEX apikey_by_user ON apikey(referenceId);
+CREATE TABLE job (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    user_id TEXT NOT NULL REFERENCES user(id),
+    key_id TEXT,
+    kind TEXT NOT NULL,
+    model TEXT NOT NULL,
+    workflow TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')),
+    params TEXT NOT NULL,
+    pixels INTEGER NOT NULL,
+    output_name TEXT NOT NULL UNIQUE,
+    credits INTEGER NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    device TEXT,
+    served_by TEXT,
+    created_at REAL NOT NULL,
+    started_at REAL,
+    finished_at REAL,
+    output TEXT,
+    error TEXT
+);
+CREATE INDEX job_by_user ON job(user_id, seq);
+CREATE INDEX job_unfinished ON job(seq) WHERE status IN ('queued', 'running');
+CREATE TABLE ledger (
+    id INTEGER PRIMARY KEY,
+    user_id TEXT NOT NULL REFERENCES user(id),
+    kind TEXT NOT NULL CHECK (kind IN ('grant', 'charge', 'refund')),
+    amount INTEGER NOT NULL,
+    balance INTEGER NOT NULL,
+    job_id TEXT,
+    note TEXT,
+    created_at REAL NOT NULL,
+    UNIQUE (job_id, kind)
+);
+CREATE INDEX ledger_by_user ON ledger(user_id, id);
+CREATE TABLE file (
+    name TEXT PRIMARY KEY,
+    user_id TEXT NOT NULL REFERENCES user(id),
+    job_id TEXT,
+    origin TEXT NOT NULL CHECK (origin IN ('input', 'output', 'upload')),
+    created_at REAL NOT NULL
+)
+"""

@@ -1,0 +1,100 @@
+"""What the server and a worker say to each other. Paths cross the pipe, never pixels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.base import Weights
+
+# Commands: server → worker
+
+
+@dataclass(frozen=True)
+class Run:
+    """Make `weights` resident, run `params` (camelCase JSON of the workflow's class), write the output to `output`."""
+
+    job_id: str
+    weights: Weights
+    workflow: str
+    params: Mapping[str, Any]
+    files: Path
+    output: Path
+
+
+@dataclass(frozen=True)
+class Evict:
+    """Unload one component."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop this job at the next step boundary; nothing happens if it no longer runs."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """End after the running job."""
+
+
+Command = Run | Evict | Cancel | Shutdown
+
+# Events: worker → server
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker takes commands."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    job_id: str
+    phase: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Resident:
+    """What is on the device now: (component key, bytes), least recently used first. A fact, not a wish."""
+
+    components: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Succeeded:
+    """The output lies where `Run.output` said."""
+
+    job_id: str
+    width: int
+    height: int
+    run_s: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """`message` is for the caller; what is for the operator went to the log."""
+
+    job_id: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Died:
+    """Said by the supervisor, not by the worker: the process is gone."""
+
+    exit_code: int
+
+
+Event = Ready | Progress | Resident | Succeeded | Failed | Cancelled | Died

@@ -1,0 +1,108 @@
+"""From what a caller sent to what a pipeline runs: workflow, size, seed. Pure, and nothing is corrected in silence."""
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.catalog import Catalog, Model
+from pipelines.params import MAX_SEED, PARAMS, Body, ImageToImage, Params, TextToImage
+from server.errors import InvalidBody, UnsupportedAspectRatio, UnsupportedWorkflow
+from server.media import StoredImage
+
+TUNABLES = frozenset({"num_inference_steps", "guidance_scale", "strength", "negative_prompt"})
+"""Fields that a model takes exactly if `weights.toml` gives it a default for them."""
+
+NARROWEST, WIDEST = 1 / 4, 4 / 1
+"""Width over height of what is generated from an input image of any shape."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Complete params; `pixels` is what the output has, `ignored` are the fields, as sent, that had no effect."""
+
+    params: Params
+    pixels: int
+    ignored: frozenset[str]
+
+
+def input_urls(body: Body) -> list[str]:
+    """The input images' URLs, `imageUrl` first."""
+    given = body.given
+    return [*([given["image_url"]] if "image_url" in given else []), *given.get("image_urls", [])]
+
+
+def workflow_of(model: Model, body: Body, catalog: Catalog) -> str:
+    """What is asked of the model: as said, or as the fields say. Raises UnsupportedWorkflow, naming who can."""
+    asked = body.given.get("workflow") or _implied(model.kind, body)
+    if asked not in model.workflows:
+        can = [each.id for each in catalog.that_can(model.kind, asked)]
+        who = f" These can: {', '.join(can)}." if can else ""
+        raise UnsupportedWorkflow(
+            f"{model.name} cannot do {asked}; it does {', '.join(model.workflows)}.{who}",
+            model=model.id,
+            workflow=asked,
+            workflows=list(model.workflows),
+            models=can,
+        )
+    if PARAMS.get(asked) is ImageToImage and not input_urls(body):
+        missing = {"path": "imageUrl", "message": f"{asked} needs an image"}
+        raise InvalidBody(f"imageUrl: {missing['message']}", issues=[missing])
+    return asked
+
+
+def resolve(model: Model, workflow: str, body: Body, images: Sequence[StoredImage]) -> Resolved:
+    """Fill in what was left open, from `weights.toml` and the input's shape. Raises UnsupportedAspectRatio."""
+    cls = PARAMS[workflow]
+    offered = {name: value for name, value in body.given.items() if name not in TUNABLES or name in model.defaults}
+    offered = {**model.defaults, **offered, "images": [image.name for image in images]}
+    if issubclass(cls, TextToImage):
+        width, height = size_of(model, offered.get("aspect_ratio"), images)
+        offered = {"seed": secrets.randbelow(MAX_SEED + 1), **offered, "width": width, "height": height}
+        pixels = width * height
+    else:
+        offered["image"] = images[0].name
+        pixels = images[0].width * images[0].height * int(offered.get("scale", 1)) ** 2
+    taken = {name: offered[name] for name in cls.model_fields if name in offered}
+    return Resolved(cls.model_validate(taken), pixels, ignored(body, taken))
+
+
+def size_of(model: Model, aspect_ratio: str | None, images: Sequence[StoredImage]) -> tuple[int, int]:
+    """(width, height): the one listed for the ratio; else the first image's shape at the model's area; else square."""
+    if aspect_ratio and aspect_ratio not in model.sizes:
+        raise UnsupportedAspectRatio(
+            f"{model.name} has no aspect ratio {aspect_ratio}; it has {', '.join(model.sizes)}.",
+            aspectRatio=aspect_ratio,
+            aspectRatios=list(model.sizes),
+        )
+    if aspect_ratio or not images:
+        return model.sizes[aspect_ratio or "1:1"]
+    return _same_shape(images[0], math.prod(model.sizes["1:1"]), model.size_multiple)
+
+
+def ignored(body: Body, taken: Mapping[str, Any]) -> frozenset[str]:
+    """Fields, as they were sent, that nothing came of: unknown ones, and those that the model or workflow has not."""
+    used = {*taken, "model", "workflow"}
+    used |= {"image_url", "image_urls"} if {"image", "images"} & taken.keys() else set()
+    used |= {"aspect_ratio"} if "width" in taken else set()
+    fields = type(body).model_fields
+    unused = {fields[name].alias or name for name in body.given if name not in used}
+    return body.unknown | unused
+
+
+def _implied(kind: str, body: Body) -> str:
+    if kind in {"upscale", "remove-bg"}:
+        return kind
+    if "video_url" in body.given:
+        return "lip-sync" if "audio_url" in body.given else "extend"
+    return f"{'image' if input_urls(body) else 'text'}-to-{kind}"
+
+
+def _same_shape(image: StoredImage, area: int, multiple: int) -> tuple[int, int]:
+    aspect = min(max(image.width / image.height, NARROWEST), WIDEST)
+    return _rounded(math.sqrt(area * aspect), multiple), _rounded(math.sqrt(area / aspect), multiple)
+
+
+def _rounded(length: float, multiple: int) -> int:
+    return max(multiple, round(length / multiple) * multiple)

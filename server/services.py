@@ -1,0 +1,55 @@
+"""What the routes may use, made once per application."""
+
+import time
+from dataclasses import dataclass
+
+from pipelines.catalog import Catalog
+from pipelines.installed import Installed
+from server import accounts
+from server.devices import DeviceSpec, inventory
+from server.dispatcher import Dispatcher
+from server.intake import Intake
+from server.media import Media
+from server.outputs import Files
+from server.settings import Settings
+from server.shelf import Shelf
+from server.store import Store
+
+STRAY_AGE_S = 3600.0
+"""Files that belong to nothing are deleted at start, but for the newest: a person may just have put them there."""
+
+
+@dataclass(frozen=True)
+class Services:
+    settings: Settings
+    store: Store
+    files: Files
+    shelf: Shelf
+    media: Media
+    dispatcher: Dispatcher
+    intake: Intake
+    first_key: str | None
+    """The owner's API key, on the very first start only."""
+
+    async def start(self) -> None:
+        known = await self.store.call(self.store.file_names)
+        self.files.sweep(known, older_than_s=STRAY_AGE_S)
+        await self.dispatcher.start()
+
+    async def stop(self) -> None:
+        await self.dispatcher.stop()
+        self.store.close()
+
+
+def make(settings: Settings, devices: list[DeviceSpec] | None = None) -> Services:
+    """Opens the database and the folders; starts nothing yet."""
+    store = Store(settings.database)
+    with store.atomic() as db:
+        first_key = accounts.create_owner(db, time.time())
+    files = Files(settings.files)
+    shelf = Shelf(Catalog.load(settings.weights_toml), Installed(settings.weights))
+    media = Media(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
+    devices = inventory(settings.budget_bytes) if devices is None else devices
+    dispatcher = Dispatcher(store, files, shelf, devices, max_queued=settings.max_queued)
+    intake = Intake(shelf, media, files, dispatcher)
+    return Services(settings, store, files, shelf, media, dispatcher, intake, first_key)

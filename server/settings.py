@@ -1,0 +1,72 @@
+"""What an operator may choose, read once into a frozen dataclass."""
+
+import ipaddress
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Each field is a `plantain serve` option or, in capitals after `PLANTAIN_`, an environment variable."""
+
+    data: Path = Path("data")
+    """The folder that holds everything: database, files, weights."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    public_url: str | None = None
+    """What callers see as this server's address; by default whatever address they called."""
+    offline: bool = False
+    """Forbid every connection to the outside: downloads, fal.ai, and input URLs on other hosts."""
+    weights_toml: Path = PROJECT / "weights.toml"
+    """The catalogue of models."""
+    max_queued: int = 10_000
+    """Jobs that may wait; one more is refused with 503."""
+    budget_bytes: int | None = None
+    """Bytes that may be given out on each device, where fewer than the device has."""
+    allowed_networks: tuple[Network, ...] = field(default=())
+    """Private networks that input URLs may name, such as a studio's own file server."""
+
+    @property
+    def database(self) -> Path:
+        return self.data / "plantain.sqlite"
+
+    @property
+    def files(self) -> Path:
+        return self.data / "files"
+
+    @property
+    def weights(self) -> Path:
+        return self.data / "weights"
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, object]:
+    """The fields that `PLANTAIN_…` variables set. Raises ValueError for one that cannot be read."""
+    readers: dict[str, Callable[[str], object]] = {
+        "data": Path,
+        "host": str,
+        "port": int,
+        "public_url": str,
+        "offline": _boolean,
+        "weights_toml": Path,
+        "max_queued": int,
+        "budget_bytes": int,
+        "allowed_networks": _networks,
+    }
+    found = {name: environment.get(f"PLANTAIN_{name.upper()}") for name in readers}
+    return {name: readers[name](text) for name, text in found.items() if text}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in {"1", "0", "true", "false", "yes", "no"}:
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text.lower() in {"1", "true", "yes"}
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(","))

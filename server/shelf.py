@@ -1,0 +1,61 @@
+"""Which models can run here, and what a job of one needs."""
+
+from dataclasses import dataclass
+
+from pipelines.base import Weights
+from pipelines.catalog import Catalog, Model, UnknownModel
+from pipelines.installed import Installed
+from server.errors import ModelNotFound, ModelNotInstalled, RemoteUnavailable
+from server.vram import Need, need_of
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A model's weights as installed, and the bytes that one run takes."""
+
+    weights: Weights
+    need: Need
+
+
+class Shelf:
+    """The catalogue beside what is installed."""
+
+    def __init__(self, catalog: Catalog, installed: Installed) -> None:
+        self.catalog = catalog
+        self.installed = installed
+
+    def find(self, name: str) -> Model:
+        """By id or alias. Raises ModelNotFound, naming the close ones."""
+        try:
+            return self.catalog.find(name)
+        except UnknownModel as unknown:
+            hint = f" Did you mean {' or '.join(unknown.close)}?" if unknown.close else " See GET /api/models."
+            raise ModelNotFound(f"There is no model {name!r}.{hint}", model=name, close=unknown.close) from None
+
+    def weights(self, model: Model) -> Weights:
+        """Raises ModelNotInstalled, or RemoteUnavailable for a model that runs on fal.ai only."""
+        if model.runs_on == "fal":
+            raise RemoteUnavailable(
+                f"{model.name} runs on fal.ai only, and this server is not connected to it.", model=model.id
+            )
+        weights = self.installed.weights(model)
+        if weights is None:
+            raise ModelNotInstalled(
+                f"{model.name} is not installed here. To install it: plantain pull {model.id}",
+                model=model.id,
+                install=f"plantain pull {model.id}",
+            )
+        return weights
+
+    def runnable(self, model_id: str, pixels: int) -> Runnable:
+        """What a run with `pixels` output pixels takes. Raises as `find` and `weights` do."""
+        model = self.find(model_id)
+        weights = self.weights(model)
+        return Runnable(weights, need_of(weights, model.working, pixels))
+
+    def families(self) -> list[str]:
+        """Families with weights installed: those that a worker does well to import ahead of need."""
+        return sorted({model.family for model in self.catalog.models.values() if self._is_here(model) and model.family})
+
+    def _is_here(self, model: Model) -> bool:
+        return self.installed.status(model) == "installed"

@@ -1,0 +1,183 @@
+"""One SQLite file: jobs and the files that belong to them. Each method is one statement or one transaction."""
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from sqlite_utils import Database
+
+from server import ledger
+from server.errors import PlantainError
+from server.jobs import MAX_ATTEMPTS, Job, NewJob
+from server.migrations import migrations
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BUSY_TIMEOUT_S = 5.0
+INTERRUPTED = {"error": "The worker died twice while running this job.", "code": "GENERATION_FAILED"}
+
+
+class Store:
+    """The open database. Its methods block: from the event loop, go through `call`.
+
+    All calls of one process run on one thread, one after the other: one writer, no locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
+        self.db = Database(connection)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self.db.enable_wal()
+        self.db.execute("PRAGMA synchronous = FULL")  # a job that was answered for survives a power cut
+        self.db.execute("PRAGMA foreign_keys = ON")
+        migrations.apply(self.db)
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a method of this store, or a function that takes `store.db`, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self.db.close()
+
+    @contextmanager
+    def atomic(self) -> Iterator[Database]:
+        """A transaction that takes the write lock at its start, so that what it reads still holds when it writes."""
+        self.db.conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield self.db
+            self.db.conn.execute("COMMIT")
+        except BaseException:
+            self.db.rollback()
+            raise
+
+    def insert(self, new: NewJob, now: float) -> tuple[Job, int]:
+        """Charge and queue in one transaction; returns the job and the balance. Raises InsufficientCredits."""
+        row = {
+            "id": new.id,
+            "user_id": new.user_id,
+            "key_id": new.key_id,
+            "kind": new.kind,
+            "model": new.model,
+            "workflow": new.workflow,
+            "status": "queued",
+            "params": json.dumps(new.params),
+            "pixels": new.pixels,
+            "output_name": new.output_name,
+            "credits": new.credits,
+            "created_at": now,
+        }
+        with self.atomic() as db:
+            balance = ledger.charge(db, new.user_id, new.credits, new.id, now)
+            db.table("job").insert(row)
+            for name in new.input_names:
+                self._add_file(name, new.user_id, "input", new.id, now)
+        return self.job(new.id), balance
+
+    def start(self, job_id: str, device: str, now: float) -> Job | None:
+        """Queued → running. None if it is queued no more."""
+        return self._changed(
+            "UPDATE job SET status = 'running', device = :device, served_by = 'local', started_at = :now,"
+            " attempts = attempts + 1 WHERE id = :id AND status = 'queued' RETURNING *",
+            {"id": job_id, "device": device, "now": now},
+        )
+
+    def succeed(self, job_id: str, output: dict[str, Any], now: float) -> Job | None:
+        """Running → succeeded, and its output file is known from now on. None if it runs no more."""
+        with self.atomic():
+            job = self._changed(
+                "UPDATE job SET status = 'succeeded', finished_at = :now, output = :output"
+                " WHERE id = :id AND status = 'running' RETURNING *",
+                {"id": job_id, "now": now, "output": json.dumps(output)},
+            )
+            if job:
+                self._add_file(job.output_name, job.user_id, "output", job.id, now)
+        return job
+
+    def fail(self, job_id: str, error: dict[str, Any], now: float) -> Job | None:
+        """Queued or running → failed, refunded in the same transaction. None if it had ended before."""
+        return self._end_unpaid(job_id, "failed", error, now)
+
+    def cancel(self, job_id: str, now: float) -> Job | None:
+        """Queued or running → cancelled, refunded in the same transaction. None if it had ended before."""
+        return self._end_unpaid(job_id, "cancelled", {"error": "The job was cancelled.", "code": "CANCELLED"}, now)
+
+    def requeue(self, job_id: str, now: float, *, count_attempt: bool = True) -> Job | None:
+        """Running → queued, at its old place; after its last attempt → failed and refunded."""
+        with self.atomic():
+            job = self._changed(
+                "UPDATE job SET status = 'queued', device = NULL, started_at = NULL,"
+                " attempts = attempts - :uncount WHERE id = :id AND status = 'running'"
+                " AND (attempts < :most OR :uncount) RETURNING *",
+                {"id": job_id, "most": MAX_ATTEMPTS, "uncount": 0 if count_attempt else 1},
+            )
+        return job or self.fail(job_id, INTERRUPTED, now)
+
+    def recover(self, now: float) -> list[Job]:
+        """At start: what a dead server left running is queued again or failed. Returns the queue, oldest first."""
+        for row in list(self.db.query("SELECT id FROM job WHERE status = 'running'")):
+            self.requeue(row["id"], now)
+        return [_job(row) for row in self.db.query("SELECT * FROM job WHERE status = 'queued' ORDER BY seq")]
+
+    def job(self, job_id: str) -> Job:
+        """Raises KeyError."""
+        for row in self.db.query("SELECT * FROM job WHERE id = ?", [job_id]):
+            return _job(row)
+        raise KeyError(job_id)
+
+    def jobs(self, user_id: str | None, before: str | None, limit: int, status: str | None = None) -> list[Job]:
+        """Jobs of one user, or of all, newest first, older than the job `before`."""
+        rows = self.db.query(
+            "SELECT * FROM job WHERE (:user IS NULL OR user_id = :user) AND (:status IS NULL OR status = :status)"
+            " AND seq < coalesce((SELECT seq FROM job WHERE id = :before), 9e18) ORDER BY seq DESC LIMIT :limit",
+            {"user": user_id, "before": before, "limit": limit, "status": status},
+        )
+        return [_job(row) for row in rows]
+
+    def add_upload(self, name: str, user_id: str, now: float) -> None:
+        self._add_file(name, user_id, "upload", None, now)
+
+    def file_names(self) -> set[str]:
+        """Every file that belongs to something, the outputs that are still to come included."""
+        rows = self.db.query(
+            "SELECT name FROM file UNION SELECT output_name FROM job WHERE status IN ('queued', 'running')"
+        )
+        return {row["name"] for row in rows}
+
+    def _end_unpaid(self, job_id: str, status: str, error: dict[str, Any], now: float) -> Job | None:
+        with self.atomic() as db:
+            job = self._changed(
+                "UPDATE job SET status = :status, finished_at = :now, error = :error"
+                " WHERE id = :id AND status IN ('queued', 'running') RETURNING *",
+                {"id": job_id, "status": status, "now": now, "error": json.dumps(error)},
+            )
+            if job:
+                ledger.refund(db, job_id, now)
+        return job
+
+    def _changed(self, sql: str, values: dict[str, Any]) -> Job | None:
+        return next((_job(row) for row in self.db.query(sql, values)), None)
+
+    def _add_file(self, name: str, user_id: str, origin: str, job_id: str | None, now: float) -> None:
+        self.db.table("file").insert(
+            {"name": name, "user_id": user_id, "job_id": job_id, "origin": origin, "created_at": now}, ignore=True
+        )
+
+
+def error_of(error: PlantainError) -> dict[str, Any]:
+    """What a failed job's row keeps of an error."""
+    return {"error": error.message, "code": error.code}
+
+
+def _job(row: dict[str, Any]) -> Job:
+    fields = {name: row[name] for name in Job.__dataclass_fields__}
+    for name in ("params", "output", "error"):
+        fields[name] = json.loads(row[name]) if row[name] else None
+    return Job(**fields)
