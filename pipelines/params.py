@@ -29,7 +29,9 @@ Duration = Annotated[float, Field(gt=0, le=60, description="Length in seconds.")
 Resolution = Annotated[str, Field(max_length=20, description="A size class, such as `480p` or `720p`.")]
 FramesPerSecond = Annotated[int, Field(ge=1, le=60, description="Frames per second.")]
 OutputFormat = Annotated[Literal["png", "jpeg", "webp"], Field(description="The image file's format.")]
+FileFormat = Literal["png", "jpeg", "webp", "mp4"]
 Pixels = Annotated[int, Field(ge=16, le=16_384)]
+FrameCount = Annotated[int, Field(ge=1, le=10_000)]
 
 
 def _located(name: Path, info: ValidationInfo) -> Path:
@@ -119,7 +121,7 @@ class Params(BaseModel):
         alias_generator=to_camel, validate_by_name=True, extra="forbid", frozen=True, protected_namespaces=()
     )
 
-    output_format: OutputFormat = "png"
+    output_format: FileFormat = "png"
 
 
 class TextToImage(Params):
@@ -148,11 +150,57 @@ class RemoveBackground(Params):
     image: InputFile
 
 
+class TextToVideo(Params):
+    """`num_frames` at `fps`: a count that the family allows, which `duration` was turned into."""
+
+    output_format: Literal["mp4"] = "mp4"
+    prompt: Prompt
+    width: Pixels
+    height: Pixels
+    num_frames: FrameCount
+    fps: FramesPerSecond
+    seed: Seed
+    num_inference_steps: Steps
+    guidance_scale: GuidanceScale = 0.0
+    negative_prompt: NegativePrompt = ""
+
+
+class ImageToVideo(TextToVideo):
+    """`images`: the first frame, or the first and the last."""
+
+    images: tuple[InputFile, ...]
+
+
+class ReferenceToVideo(TextToVideo):
+    """`images` show what is to appear; or `video` guides the motion. At least one of the two."""
+
+    images: tuple[InputFile, ...] = ()
+    video: InputFile | None = None
+
+
+class ExtendVideo(TextToVideo):
+    """`num_frames` are those added after the end of `video`."""
+
+    video: InputFile
+
+
+class LipSync(Params):
+    """No family here does this: it runs on fal.ai only."""
+
+    output_format: Literal["mp4"] = "mp4"
+    video: InputFile
+    audio: InputFile
+
+
 PARAMS: dict[str, type[Params]] = {
     "text-to-image": TextToImage,
     "image-to-image": ImageToImage,
     "style-transfer": ImageToImage,
     "upscale": Upscale,
     "remove-bg": RemoveBackground,
+    "text-to-video": TextToVideo,
+    "image-to-video": ImageToVideo,
+    "reference-to-video": ReferenceToVideo,
+    "extend": ExtendVideo,
 }
 """The params class of each workflow that runs here."""
