@@ -85,3 +85,69 @@ CREATE TABLE file (
     created_at REAL NOT NULL
 )
 """
+
+
+@migrations(name="0002_auth")
+def auth(db: Database) -> None:
+    """Better Auth's other tables. Two columns are our own: `session.sealed` (see `server/auth/session_rows.py`), and
+    `user.deletedAt`, because the ledger and the jobs of somebody who left stay in the books."""
+    for statement in AUTH.split(";"):
+        if statement.strip():
+            db.execute(statement)
+
+
+AUTH = """
+ALTER TABLE user ADD COLUMN banned INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE user ADD COLUMN banReason TEXT;
+ALTER TABLE user ADD COLUMN banExpires TEXT;
+ALTER TABLE user ADD COLUMN deletedAt TEXT;
+CREATE TABLE session (
+    id TEXT PRIMARY KEY,
+    expiresAt TEXT NOT NULL,
+    token TEXT NOT NULL UNIQUE,
+    sealed TEXT NOT NULL,
+    createdAt TEXT NOT NULL,
+    updatedAt TEXT NOT NULL,
+    ipAddress TEXT,
+    userAgent TEXT,
+    userId TEXT NOT NULL REFERENCES user(id) ON DELETE CASCADE,
+    impersonatedBy TEXT
+);
+CREATE INDEX session_by_user ON session(userId);
+CREATE TABLE account (
+    id TEXT PRIMARY KEY,
+    accountId TEXT NOT NULL,
+    providerId TEXT NOT NULL,
+    userId TEXT NOT NULL REFERENCES user(id) ON DELETE CASCADE,
+    accessToken TEXT,
+    refreshToken TEXT,
+    idToken TEXT,
+    accessTokenExpiresAt TEXT,
+    refreshTokenExpiresAt TEXT,
+    scope TEXT,
+    password TEXT,
+    createdAt TEXT NOT NULL,
+    updatedAt TEXT NOT NULL,
+    UNIQUE (userId, providerId)
+);
+CREATE TABLE verification (
+    id TEXT PRIMARY KEY,
+    identifier TEXT NOT NULL,
+    value TEXT NOT NULL,
+    expiresAt TEXT NOT NULL,
+    createdAt TEXT NOT NULL,
+    updatedAt TEXT NOT NULL
+);
+CREATE INDEX verification_by_identifier ON verification(identifier);
+ALTER TABLE apikey ADD COLUMN configId TEXT NOT NULL DEFAULT 'default';
+ALTER TABLE apikey ADD COLUMN refillInterval INTEGER;
+ALTER TABLE apikey ADD COLUMN refillAmount INTEGER;
+ALTER TABLE apikey ADD COLUMN lastRefillAt TEXT;
+ALTER TABLE apikey ADD COLUMN rateLimitEnabled INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE apikey ADD COLUMN rateLimitTimeWindow INTEGER;
+ALTER TABLE apikey ADD COLUMN rateLimitMax INTEGER;
+ALTER TABLE apikey ADD COLUMN requestCount INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE apikey ADD COLUMN remaining INTEGER;
+ALTER TABLE apikey ADD COLUMN permissions TEXT;
+ALTER TABLE apikey ADD COLUMN metadata TEXT
+"""
