@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
 
 
@@ -69,6 +70,10 @@ class AddressRefused(BadRequest):
     code, title = "ADDRESS_REFUSED", "Address refused"
 
 
+class IdempotencyKeyInvalid(BadRequest):
+    code, title = "IDEMPOTENCY_KEY_INVALID", "Invalid Idempotency-Key"
+
+
 # 401 and 403: who is asking.
 
 
@@ -91,6 +96,20 @@ class KeyExpired(Unauthorized):
 
 class Forbidden(PlantainError):
     status, code, title = 403, "FORBIDDEN", "Forbidden"
+
+
+class UserBanned(Forbidden):
+    code, title = "USER_BANNED", "User banned"
+
+
+class ScopeRequired(Forbidden):
+    """With `scope` and `scopes`: what is needed, and what the caller has."""
+
+    code, title = "SCOPE_REQUIRED", "Scope required"
+
+
+class InvalidOrigin(Forbidden):
+    code, title = "INVALID_ORIGIN", "Invalid origin"
 
 
 # 402, 404 to 415: the request as such.
@@ -126,12 +145,44 @@ class JobWasCancelled(Conflict):
     code, title = "CANCELLED", "Cancelled"
 
 
+class IdempotencyKeyInProgress(Conflict):
+    code, title = "IDEMPOTENCY_KEY_IN_PROGRESS", "Idempotency-Key in progress"
+    default_headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+
+
 class TooLarge(PlantainError):
     status, code, title = 413, "PAYLOAD_TOO_LARGE", "Payload too large"
 
 
 class UnsupportedMediaType(PlantainError):
     status, code, title = 415, "UNSUPPORTED_MEDIA_TYPE", "Unsupported media type"
+
+
+class IdempotencyKeyReused(PlantainError):
+    status, code, title = 422, "IDEMPOTENCY_KEY_REUSED", "Idempotency-Key reused"
+
+
+# 429: too much at a time.
+
+
+class RateLimited(PlantainError):
+    """With `headers={"Retry-After": ...}`, `retryAfter` in seconds and `violated-policies`."""
+
+    status, code, title = 429, "RATE_LIMITED", "Too many requests"
+    type = QUOTA_EXCEEDED
+
+
+class ConcurrencyLimit(PlantainError):
+    """With `headers={"Retry-After": ...}`, `limit` and `violated-policies`."""
+
+    status, code, title = 429, "CONCURRENCY_LIMIT", "Too many jobs at once"
+    type = QUOTA_EXCEEDED
+
+
+class UsageExceeded(RateLimited):
+    """An API key that was made for so many calls has made them."""
+
+    code, title = "USAGE_EXCEEDED", "Usage exceeded"
 
 
 # 5xx: our side.

@@ -151,3 +151,49 @@ ALTER TABLE apikey ADD COLUMN remaining INTEGER;
 ALTER TABLE apikey ADD COLUMN permissions TEXT;
 ALTER TABLE apikey ADD COLUMN metadata TEXT
 """
+
+
+@migrations(name="0003_limits")
+def limits(db: Database) -> None:
+    """What the limits count, the idempotency keys, and the audit log. The ledger and the log only ever grow."""
+    for statement in LIMITS.split(";"):
+        if statement.strip():
+            db.execute(statement)
+    for table, act in (("audit", "UPDATE"), ("audit", "DELETE"), ("ledger", "UPDATE"), ("ledger", "DELETE")):
+        db.execute(
+            f"CREATE TRIGGER {table}_without_{act} BEFORE {act} ON {table}"
+            f" BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+        )
+
+
+LIMITS = """
+CREATE TABLE call (
+    user_id TEXT NOT NULL REFERENCES user(id) ON DELETE CASCADE,
+    key_id TEXT,
+    called_at REAL NOT NULL
+);
+CREATE INDEX call_by_user ON call(user_id, called_at);
+CREATE INDEX call_by_key ON call(key_id, called_at);
+CREATE TABLE idempotency (
+    user_id TEXT NOT NULL REFERENCES user(id) ON DELETE CASCADE,
+    route TEXT NOT NULL,
+    key TEXT NOT NULL,
+    body_hash TEXT NOT NULL,
+    job_id TEXT NOT NULL,
+    ignored TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    PRIMARY KEY (user_id, route, key)
+) WITHOUT ROWID;
+CREATE INDEX idempotency_by_age ON idempotency(created_at);
+CREATE TABLE audit (
+    id INTEGER PRIMARY KEY,
+    actor_id TEXT,
+    actor_key_id TEXT,
+    act TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    detail TEXT NOT NULL,
+    created_at REAL NOT NULL
+);
+CREATE INDEX job_unfinished_by_user ON job(user_id) WHERE status IN ('queued', 'running');
+CREATE INDEX job_by_day ON job(created_at)
+"""
