@@ -26,7 +26,12 @@ def create_app(services: Services) -> FastAPI:
         yield
         await services.stop()
 
-    app = FastAPI(title="Plantain", lifespan=lifespan, docs_url="/api/docs", openapi_url="/api/openapi.json")
+    app = FastAPI(
+        title="Plantain",
+        lifespan=lifespan,
+        docs_url="/api/docs",
+        openapi_url="/api/openapi.json",
+    )
     app.state.services = services
     for routes in (images, videos, jobs, models, account, files, health):
         app.include_router(routes.router)

@@ -3,6 +3,7 @@
 import secrets
 
 from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import TooLarge
@@ -30,15 +31,38 @@ class RequestId:
         return await self.app(scope, receive, send_with_id)
 
 
-class BodyLimit:
-    """Raises TooLarge out of the read that passes the limit, whatever Content-Length said."""
+class LateHeaders:
+    """Writes what `add_header` was given onto the answer, also onto an error's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                late = scope.get("late_headers", [])
+                message = {**message, "headers": [*message.get("headers", []), *late]}
+            await send(message)
+
+        return await self.app(scope, receive, send_with_headers)
+
+
+def add_header(request: HTTPConnection, name: str, value: str) -> None:
+    """For what is known long before there is an answer, such as a session's new cookie."""
+    late = request.scope.setdefault("late_headers", [])
+    late.append((name.lower().encode("latin-1"), value.encode("latin-1")))
+
+
+class BodyLimit:
+    """Raises TooLarge out of the read that passes the limit, whatever Content-Length said.
+
+    FastAPI's own `max_body_size` answers in plain text from outside our handlers; every error here is in the envelope.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         taken = 0
 
         async def receive_limited() -> Message:
@@ -49,4 +73,4 @@ class BodyLimit:
                 raise TooLarge(f"The body is over the limit of {MAX_BODY_BYTES // 2**20} MiB.")
             return message
 
-        return await self.app(scope, receive_limited, send)
+        await self.app(scope, receive_limited, send)

@@ -10,7 +10,8 @@ from server.api.common import Authenticated, BaseUrl, Served
 router = APIRouter()
 
 
-@router.api_route("/files/{name}", methods=["GET", "HEAD"])
+@router.head("/files/{name}", include_in_schema=False)
+@router.get("/files/{name}")
 async def read_file(name: str, served: Served) -> Response:
     """Needs no key: whoever knows the name may read it, as with the hosted service's links."""
     return served.files.response(name)

@@ -1,0 +1,22 @@
+"""Fixtures that more than one file uses."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from server.settings import Settings
+from tests.house import House, furnish, running
+
+
+@pytest.fixture(scope="session")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Installed weights that tests share; a test that serves gets a data folder of its own beside them."""
+    return furnish(tmp_path_factory.mktemp("house"))
+
+
+@pytest.fixture(scope="session")
+def house(furnished: Settings) -> Iterator[House]:
+    """One server for all tests that do not harm it: its worker takes seconds to start."""
+    with running(furnished) as it:
+        it.until(lambda: it.client.get("/readyz").is_success)
+        yield it
