@@ -10,3 +10,9 @@ def iso(instant: float) -> str:
 
 def iso_or_none(instant: float | None) -> str | None:
     return None if instant is None else iso(instant)
+
+
+def instant(text: str) -> float:
+    """The other way. Raises ValueError."""
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -10,8 +10,8 @@ REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-re
 class PlantainError(Exception):
     """`message` is for a person, `code` for a program; `extra` are further JSON members, in camelCase."""
 
-    status: ClassVar[int] = 500
-    code: ClassVar[str] = "INTERNAL_ERROR"
+    status: int = 500
+    code: str = "INTERNAL_ERROR"
     title: ClassVar[str] = "Internal error"
     type: ClassVar[str] = "about:blank"
     default_headers: ClassVar[Mapping[str, str]] = {}
@@ -98,6 +98,12 @@ class Forbidden(PlantainError):
     status, code, title = 403, "FORBIDDEN", "Forbidden"
 
 
+class InvalidOrigin(Forbidden):
+    """A cookie came along from another site's page."""
+
+    code, title = "INVALID_ORIGIN", "Invalid origin"
+
+
 class UserBanned(Forbidden):
     code, title = "USER_BANNED", "User banned"
 
@@ -106,10 +112,6 @@ class ScopeRequired(Forbidden):
     """With `scope` and `scopes`: what is needed, and what the caller has."""
 
     code, title = "SCOPE_REQUIRED", "Scope required"
-
-
-class InvalidOrigin(Forbidden):
-    code, title = "INVALID_ORIGIN", "Invalid origin"
 
 
 # 402, 404 to 415: the request as such.
@@ -143,11 +145,6 @@ class Conflict(PlantainError):
 
 class JobWasCancelled(Conflict):
     code, title = "CANCELLED", "Cancelled"
-
-
-class IdempotencyKeyInProgress(Conflict):
-    code, title = "IDEMPOTENCY_KEY_IN_PROGRESS", "Idempotency-Key in progress"
-    default_headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
 class TooLarge(PlantainError):

@@ -31,10 +31,31 @@ class Settings:
     """Bytes that may be given out on each device, where fewer than the device has."""
     allowed_networks: tuple[Network, ...] = field(default=())
     """Private networks that input URLs may name, such as a studio's own file server."""
+    open: bool = False
+    """For one person on their own machine: no key is needed, nothing is refused for want of credits or by a plan."""
+    open_to_the_network: bool = False
+    """Let `open` listen on an address that others can reach: they may do everything."""
+    trusted_origins: tuple[str, ...] = ()
+    """Other sites, `https://studio.example` or `https://*.example.com`, whose pages may use people's sessions."""
+    smtp_url: str | None = None
+    """Where mails go: `smtp://user:password@host:587`, `smtps://…`; else into `outbox.log` in the data folder."""
+    mail_from: str = "plantain@localhost"
+    limit_sign_in: bool = True
+    """Refuse more than three attempts to sign in within ten seconds from one address."""
 
     @property
     def database(self) -> Path:
         return self.data / "plantain.sqlite"
+
+    @property
+    def plans_toml(self) -> Path:
+        """The operator's changes to the plans."""
+        return self.data / "plans.toml"
+
+    @property
+    def fal_prices_toml(self) -> Path:
+        """What fal takes, in dollars, as far as the operator says so."""
+        return self.data / "fal-prices.toml"
 
     @property
     def files(self) -> Path:
@@ -57,6 +78,12 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, o
         "max_queued": int,
         "budget_bytes": int,
         "allowed_networks": _networks,
+        "open": _boolean,
+        "open_to_the_network": _boolean,
+        "trusted_origins": _words,
+        "smtp_url": str,
+        "mail_from": str,
+        "limit_sign_in": _boolean,
     }
     found = {name: environment.get(f"PLANTAIN_{name.upper()}") for name in readers}
     return {name: readers[name](text) for name, text in found.items() if text}
@@ -70,3 +97,7 @@ def _boolean(text: str) -> bool:
 
 def _networks(text: str) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(part.strip()) for part in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

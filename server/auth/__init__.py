@@ -1,0 +1,1 @@
+"""Better Auth's sessions, passwords and API keys, as its official clients know them."""

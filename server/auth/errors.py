@@ -1,0 +1,45 @@
+"""Better Auth's errors: its statuses, codes and texts, as its clients match on them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from server.errors import PlantainError
+
+
+class AuthError(PlantainError):
+    """Its body is `{message, code}` in place of the envelope. Some upstream errors have no code."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, headers=headers)
+        self.status, self.code = status, code
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        body = {"message": self.message, "error": self.message}
+        return {**body, "code": self.code} if self.code else body
+
+
+def invalid_body(message: str) -> AuthError:
+    return AuthError(400, "VALIDATION_ERROR", message)
+
+
+def unauthorized() -> AuthError:
+    return AuthError(401, "UNAUTHORIZED", "Unauthorized", {"WWW-Authenticate": 'Bearer realm="api"'})
+
+
+def invalid_credentials() -> AuthError:
+    """The same for a wrong password and for an unknown address."""
+    return AuthError(401, "INVALID_EMAIL_OR_PASSWORD", "Invalid email or password")
+
+
+def invalid_password() -> AuthError:
+    return AuthError(400, "INVALID_PASSWORD", "Invalid password")
+
+
+def no_fields() -> AuthError:
+    return AuthError(400, "", "No fields to update")
+
+
+def too_many(wait_s: int) -> AuthError:
+    """Better Auth's own header, and the standard one."""
+    headers = {"X-Retry-After": str(wait_s), "Retry-After": str(wait_s)}
+    return AuthError(429, "", "Too many requests. Please try again later.", headers)
