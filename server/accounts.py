@@ -2,30 +2,51 @@
 
 import base64
 import hashlib
+import json
 import secrets
 import string
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from sqlite_utils import Database
 
 from server import ledger
-from server.clock import iso
+from server.clock import iso, iso_or_none
 from server.errors import InvalidApiKey, KeyDisabled, KeyExpired, NotFound
+from server.plans import UNLIMITED, Plan
 
 KEY_PREFIX = "bnp_"
+RESOURCE = "plantain"
 SIGN_UP_CREDITS = 10
 OWNER_CREDITS = 100_000
 """What the owner starts with: on one's own machine credits count use, they do not ration it."""
 
 
+SCOPES = ("generate", "read", "admin")
+"""What a key may be for: to make and change things, to look at one's own things, to run the server."""
+
+
 @dataclass(frozen=True)
 class Caller:
-    """Whoever a request was authenticated as."""
+    """Whoever a request was authenticated as.
+
+    `granted` are the scopes that the key was made with; None where it was not narrowed, or there is none. `plan` is
+    known once the caller was let in. `is_local` is the one user of an open server: charged, and never refused.
+    """
 
     user_id: str
     key_id: str | None
     role: str
+    granted: frozenset[str] | None = None
+    plan: Plan = UNLIMITED
+    is_local: bool = False
+
+    @property
+    def scopes(self) -> frozenset[str]:
+        if self.granted is not None:
+            return self.granted
+        return frozenset(SCOPES if self.role == "admin" else SCOPES[:2])
 
 
 def create_user(db: Database, name: str, email: str, now: float, *, role: str = "user", plan: str = "free") -> str:
@@ -55,8 +76,17 @@ def create_owner(db: Database, now: float) -> str | None:
     return create_key(db, user_id, "first start", now)
 
 
-def create_key(db: Database, user_id: str, name: str | None, now: float, expires_at: float | None = None) -> str:
-    """Returns the key in clear: it is stored hashed and cannot be shown again."""
+def create_key(
+    db: Database,
+    user_id: str,
+    name: str | None,
+    now: float,
+    expires_at: float | None = None,
+    *,
+    scopes: Collection[str] | None = None,
+    per_minute: int | None = None,
+) -> str:
+    """Returns the key in clear: it is stored hashed and cannot be shown again. `per_minute` is its own limit."""
     key = KEY_PREFIX + "".join(secrets.choice(string.ascii_letters) for _ in range(64))
     db.table("apikey").insert(
         {
@@ -66,7 +96,9 @@ def create_key(db: Database, user_id: str, name: str | None, now: float, expires
             "prefix": KEY_PREFIX,
             "key": hash_of(key),
             "referenceId": user_id,
-            "expiresAt": None if expires_at is None else iso(expires_at),
+            "expiresAt": iso_or_none(expires_at),
+            "permissions": permissions_of(scopes),
+            **limit_columns(per_minute),
             "createdAt": iso(now),
             "updatedAt": iso(now),
         }
@@ -74,11 +106,27 @@ def create_key(db: Database, user_id: str, name: str | None, now: float, expires
     return key
 
 
+def permissions_of(scopes: Collection[str] | None) -> str | None:
+    """As Better Auth's plugin keeps permissions: actions by resource. Ours is one resource."""
+    return None if scopes is None else json.dumps({RESOURCE: sorted(scopes)})
+
+
+def scopes_of(permissions: str | None) -> frozenset[str] | None:
+    """None for a key that was not narrowed, or that was made for another server's resources only."""
+    found = json.loads(permissions) if permissions else None
+    return frozenset(found[RESOURCE]) if isinstance(found, dict) and RESOURCE in found else None
+
+
+def limit_columns(per_minute: int | None) -> dict[str, Any]:
+    return {"rateLimitEnabled": per_minute is not None, "rateLimitTimeWindow": 60_000, "rateLimitMax": per_minute}
+
+
 def keys(db: Database, user_id: str | None = None) -> list[dict[str, Any]]:
     """All keys, or one user's, without their hashes, oldest first."""
     return list(
         db.query(
-            "SELECT apikey.id, apikey.name, start, enabled, lastRequest, expiresAt, apikey.createdAt, user.email"
+            "SELECT apikey.id, apikey.name, start, enabled, lastRequest, expiresAt, apikey.createdAt, user.email,"
+            " referenceId, permissions, rateLimitEnabled, rateLimitMax, rateLimitTimeWindow"
             " FROM apikey JOIN user ON user.id = referenceId WHERE :user IS NULL OR user.id = :user"
             " ORDER BY apikey.createdAt, apikey.rowid",
             {"user": user_id},
@@ -99,7 +147,7 @@ def authenticate(db: Database, key: str, now: float) -> Caller:
     The look-up is by the key's hash, so its timing tells nothing about any stored key.
     """
     found = db.query(
-        "SELECT apikey.id, referenceId, enabled, expiresAt, lastRequest, role FROM apikey"
+        "SELECT apikey.id, referenceId, enabled, expiresAt, lastRequest, permissions, role FROM apikey"
         " JOIN user ON user.id = referenceId WHERE key = ?",
         [hash_of(key)],
     )
@@ -109,8 +157,15 @@ def authenticate(db: Database, key: str, now: float) -> Caller:
         if row["expiresAt"] and row["expiresAt"] <= iso(now):
             raise KeyExpired("This API key has expired.")
         _note_use(db, row, now)
-        return Caller(row["referenceId"], row["id"], row["role"])
+        return Caller(row["referenceId"], row["id"], row["role"], scopes_of(row["permissions"]))
     raise InvalidApiKey("This API key is not known here.")
+
+
+def local_user(db: Database) -> Caller:
+    """The owner, as the one user of an open server."""
+    for row in db.query("SELECT id FROM user WHERE role = 'admin' AND deletedAt IS NULL ORDER BY rowid LIMIT 1"):
+        return Caller(row["id"], None, "admin", is_local=True)
+    raise NotFound("This server has no admin.")
 
 
 def user_by_email(db: Database, email: str) -> str:

@@ -10,7 +10,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api import account, files, health, images, jobs, models, videos
-from server.envelope import BodyLimit, RequestId
+from server.cors import Cors
+from server.envelope import BodyLimit, LateHeaders, RequestId
 from server.errors import BadRequest, InternalError, InvalidBody, MethodNotAllowed, NotFound, PlantainError
 from server.services import Services
 
@@ -36,6 +37,9 @@ def create_app(services: Services) -> FastAPI:
     for routes in (images, videos, jobs, models, account, files, health):
         app.include_router(routes.router)
     app.add_middleware(BodyLimit)
+    app.add_middleware(LateHeaders)
+    if services.settings.trusted_origins:
+        app.add_middleware(Cors, trusted=services.settings.trusted_origins)
     app.add_middleware(RequestId)
     app.add_exception_handler(PlantainError, _tell)
     app.add_exception_handler(RequestValidationError, _tell)

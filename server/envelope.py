@@ -53,6 +53,13 @@ def add_header(request: HTTPConnection, name: str, value: str) -> None:
     late.append((name.lower().encode("latin-1"), value.encode("latin-1")))
 
 
+def set_header(request: HTTPConnection, name: str, value: str) -> None:
+    """As `add_header`, in place of what was given for this name before."""
+    late = request.scope.setdefault("late_headers", [])
+    late[:] = [header for header in late if header[0] != name.lower().encode("latin-1")]
+    add_header(request, name, value)
+
+
 class BodyLimit:
     """Raises TooLarge out of the read that passes the limit, whatever Content-Length said.
 

@@ -9,9 +9,10 @@ from pipelines.params import Body
 from server.accounts import Caller
 from server.dispatcher import Dispatcher
 from server.errors import InvalidBody
-from server.jobs import Job, NewJob
+from server.jobs import Claim, Job, NewJob
 from server.media import Media, StoredImage
 from server.outputs import Files
+from server.prices import price_of
 from server.requests import input_urls, resolve, workflow_of
 from server.shelf import Shelf
 
@@ -33,8 +34,10 @@ class Intake:
     def __init__(self, shelf: Shelf, media: Media, files: Files, dispatcher: Dispatcher) -> None:
         self.shelf, self.media, self.files, self.dispatcher = shelf, media, files, dispatcher
 
-    async def accept(self, caller: Caller, kind: str, body: Body, own_bases: Sequence[str]) -> Accepted:
-        """Raises what the caller or the operator has to mend; see `server.errors`."""
+    async def accept(
+        self, caller: Caller, kind: str, body: Body, own_bases: Sequence[str], claim: Claim | None = None
+    ) -> Accepted:
+        """Raises what the caller or the operator has to mend, see `server.errors`; and KeyTaken for a claim's key."""
         model = self._model(kind, body)
         workflow = workflow_of(model, body, self.shelf.catalog)
         self.shelf.weights(model)
@@ -42,13 +45,19 @@ class Intake:
         try:
             for url in input_urls(body):
                 images.append(await self.media.image(url, own_bases))
-            return await self._submit(caller, model, workflow, body, images)
+            return await self._submit(caller, model, workflow, body, images, claim)
         except BaseException:
             self._discard(images)
             raise
 
     async def _submit(
-        self, caller: Caller, model: Model, workflow: str, body: Body, images: Sequence[StoredImage]
+        self,
+        caller: Caller,
+        model: Model,
+        workflow: str,
+        body: Body,
+        images: Sequence[StoredImage],
+        claim: Claim | None,
     ) -> Accepted:
         resolved = resolve(model, workflow, body, images)
         params = resolved.params.model_dump(mode="json", by_alias=True)
@@ -62,8 +71,12 @@ class Intake:
             params=params,
             pixels=resolved.pixels,
             output_name=self.files.new_name(SUFFIXES[params.get("outputFormat", "png")]),
-            credits=model.credits.base,
+            credits=price_of(model, params),
             input_names=tuple(image.name for image in images if image.fresh),
+            at_once=caller.plan.jobs_at_once,
+            tops_up=caller.is_local,
+            claim=claim,
+            ignored=tuple(resolved.ignored),
         )
         runnable = self.shelf.runnable(model.id, resolved.pixels)
         job, balance = await self.dispatcher.submit(new, runnable)

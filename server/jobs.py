@@ -11,8 +11,21 @@ MAX_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A caller's Idempotency-Key for the job to come. `replaces` is a job that had the key before and lost it."""
+
+    route: str
+    key: str
+    body_hash: str
+    replaces: str | None = None
+
+
+@dataclass(frozen=True)
 class NewJob:
-    """A checked request: nothing about it is left to choose. `params` are camelCase JSON; images are file names."""
+    """A checked request: nothing about it is left to choose. `params` are camelCase JSON; images are file names.
+
+    `at_once` is how many unfinished jobs the user may have with this one; `tops_up` grants what the balance lacks.
+    """
 
     id: str
     user_id: str
@@ -25,6 +38,10 @@ class NewJob:
     output_name: str
     credits: int
     input_names: tuple[str, ...] = ()
+    at_once: int | None = None
+    tops_up: bool = False
+    claim: Claim | None = None
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,12 @@ def charge(db: Database, user_id: str, amount: int, job_id: str, now: float) -> 
     return _enter(db, user_id, "charge", -amount, job_id, None, now)
 
 
+def top_up(db: Database, user_id: str, price: int, now: float) -> None:
+    """Grant what the balance lacks for a price: for the one user of an open server, who is never refused."""
+    if (lacking := price - balance(db, user_id)) > 0:
+        grant(db, user_id, lacking, "open", now)
+
+
 def refund(db: Database, job_id: str, now: float) -> int | None:
     """Give a job's charge back, once: None when it was given back before or nothing was charged."""
     rows = db.query(

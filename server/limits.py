@@ -5,7 +5,7 @@ Each function is part of its caller's transaction and takes the open database.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlite_utils import Database
 
@@ -42,7 +42,7 @@ class KeyLimit:
     left: int | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Standing:
     """Where a caller stands, for the headers of the answer."""
 
@@ -91,8 +91,7 @@ def count_call(db: Database, user_id: str, plan: Plan, key: KeyLimit | None, now
     if windows:
         _forget(db, user_id, key, now)
         db.execute("INSERT INTO call VALUES (?, ?, ?)", [user_id, key and key.key_id, now])
-    standing.windows = [_with_one_more(window, now) for window in windows]
-    return standing
+    return replace(standing, windows=[replace(window, used=window.used + 1) for window in windows])
 
 
 def take_slot(db: Database, user_id: str, at_once: int | None, now: float) -> None:
@@ -129,10 +128,6 @@ def _window(db: Database, name: str, column: str, owner: str, quota: int, window
     oldest = f"SELECT called_at {where} ORDER BY called_at LIMIT 1 OFFSET ?"
     found = db.execute(oldest, [*values, max(0, used - quota)]).fetchone()
     return Window(name, quota, window_s, used, (found[0] if found else now) + window_s)
-
-
-def _with_one_more(window: Window, now: float) -> Window:
-    return Window(window.name, window.quota, window.window_s, window.used + 1, window.frees_at)
 
 
 def _forget(db: Database, user_id: str, key: KeyLimit | None, now: float) -> None:

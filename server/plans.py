@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import InvalidBody
+from server.settings import SettingsError
 
 log = logging.getLogger("plantain.plans")
 
@@ -15,7 +16,7 @@ DEFAULTS = Path(__file__).with_name("plans.toml")
 SIGN_UP_PLAN = "free"
 
 
-class PlansError(ValueError):
+class PlansError(SettingsError):
     """`plans.toml` says something that cannot be."""
 
 

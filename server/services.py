@@ -1,19 +1,27 @@
 """What the routes may use, made once per application."""
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pipelines.catalog import Catalog
 from pipelines.installed import Installed
-from server import accounts
+from server import accounts, open_mode
+from server.auth import parts
+from server.auth.parts import Auth
 from server.devices import DeviceSpec, inventory
 from server.dispatcher import Dispatcher
+from server.gate import Gate
 from server.intake import Intake
 from server.media import Media
 from server.outputs import Files
+from server.plans import Plans
+from server.prices import FalPrice, fal_prices
 from server.settings import Settings
 from server.shelf import Shelf
 from server.store import Store
+
+Clock = Callable[[], float]
 
 STRAY_AGE_S = 3600.0
 """Files that belong to nothing are deleted at start, but for the newest: a person may just have put them there."""
@@ -28,6 +36,11 @@ class Services:
     media: Media
     dispatcher: Dispatcher
     intake: Intake
+    auth: Auth
+    plans: Plans
+    gate: Gate
+    fal_prices: Mapping[str, FalPrice]
+    clock: Clock
     first_key: str | None
     """The owner's API key, on the very first start only."""
 
@@ -38,18 +51,35 @@ class Services:
 
     async def stop(self) -> None:
         await self.dispatcher.stop()
+        await self.auth.stop()
         self.store.close()
 
 
-def make(settings: Settings, devices: list[DeviceSpec] | None = None) -> Services:
+def make(settings: Settings, devices: list[DeviceSpec] | None = None, clock: Clock = time.time) -> Services:
     """Opens the database and the folders; starts nothing yet."""
+    open_mode.check_settings(settings)
+    plans = Plans.load(settings.plans_toml)
     store = Store(settings.database)
     with store.atomic() as db:
-        first_key = accounts.create_owner(db, time.time())
+        first_key = accounts.create_owner(db, clock())
     files = Files(settings.files)
     shelf = Shelf(Catalog.load(settings.weights_toml), Installed(settings.weights))
     media = Media(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
     devices = inventory(settings.budget_bytes) if devices is None else devices
-    dispatcher = Dispatcher(store, files, shelf, devices, max_queued=settings.max_queued)
+    dispatcher = Dispatcher(store, files, shelf, devices, max_queued=settings.max_queued, clock=clock)
     intake = Intake(shelf, media, files, dispatcher)
-    return Services(settings, store, files, shelf, media, dispatcher, intake, first_key)
+    return Services(
+        settings=settings,
+        store=store,
+        files=files,
+        shelf=shelf,
+        media=media,
+        dispatcher=dispatcher,
+        intake=intake,
+        auth=parts.make(settings),
+        plans=plans,
+        gate=Gate(store, plans),
+        fal_prices=fal_prices(settings.fal_prices_toml),
+        clock=clock,
+        first_key=first_key,
+    )

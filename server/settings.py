@@ -11,6 +11,10 @@ PROJECT = Path(__file__).resolve().parent.parent
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
+class SettingsError(ValueError):
+    """What the operator chose cannot be. The message is for them."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Each field is a `plantain serve` option or, in capitals after `PLANTAIN_`, an environment variable."""

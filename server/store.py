@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from sqlite_utils import Database
 
-from server import ledger
+from server import idempotency, ledger, limits
 from server.errors import PlantainError
 from server.jobs import MAX_ATTEMPTS, Job, NewJob
 from server.migrations import migrations
@@ -59,7 +59,10 @@ class Store:
             raise
 
     def insert(self, new: NewJob, now: float) -> tuple[Job, int]:
-        """Charge and queue in one transaction; returns the job and the balance. Raises InsufficientCredits."""
+        """Claim the Idempotency-Key, take a slot of the plan, charge and queue: all in one transaction, or nothing.
+
+        Returns the job and the balance. Raises KeyTaken, ConcurrencyLimit or InsufficientCredits, in this order.
+        """
         row = {
             "id": new.id,
             "user_id": new.user_id,
@@ -75,6 +78,10 @@ class Store:
             "created_at": now,
         }
         with self.atomic() as db:
+            idempotency.claim(db, new, now)
+            limits.take_slot(db, new.user_id, new.at_once, now)
+            if new.tops_up:
+                ledger.top_up(db, new.user_id, new.credits, now)
             balance = ledger.charge(db, new.user_id, new.credits, new.id, now)
             db.table("job").insert(row)
             for name in new.input_names:

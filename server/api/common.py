@@ -2,20 +2,21 @@
 
 import asyncio
 import json
-import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from pipelines.params import Body
-from server import accounts
 from server.accounts import Caller
-from server.errors import BadRequest, InvalidBody, Unauthorized
+from server.api.entrance import let_in
+from server.errors import BadRequest, InvalidBody
+from server.gate import LOOK, MAKE, RUN_THE_SERVER, STOP
 from server.services import Services
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=BaseModel)
+
+READING = frozenset({"GET", "HEAD"})
 
 LARGE_BODY_BYTES = 2**20
 
@@ -28,16 +29,23 @@ Served = Annotated[Services, Depends(services)]
 
 
 async def caller(request: Request, served: Served) -> Caller:
-    """Whoever's key came as `Authorization: Bearer` or `x-api-key`. Sessions have their place here."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    if not key:
-        raise Unauthorized("This needs an API key: send Authorization: Bearer bnp_…")
-    store = served.store
-    return await store.call(accounts.authenticate, store.db, key, time.time())
+    """Whoever calls, let in by the gate: to look, or to make something, as the method says."""
+    return await let_in(request, served, LOOK if request.method in READING else MAKE)
+
+
+async def stopper(request: Request, served: Served) -> Caller:
+    """For what ends work: never refused for having called too often."""
+    return await let_in(request, served, STOP)
+
+
+async def admin(request: Request, served: Served) -> Caller:
+    """By role, or by a key with the scope."""
+    return await let_in(request, served, RUN_THE_SERVER)
 
 
 Authenticated = Annotated[Caller, Depends(caller)]
+Stopper = Annotated[Caller, Depends(stopper)]
+Admin = Annotated[Caller, Depends(admin)]
 
 
 def base_url(request: Request, served: Served) -> str:
@@ -65,7 +73,7 @@ def body_of(cls: type[B]) -> Callable[[Request, Caller], Awaitable[B]]:
     return read
 
 
-def schema_of(cls: type[Body]) -> dict[str, Any]:
+def schema_of(cls: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI part that tells of a body read by `body_of`."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": cls.model_json_schema()}}}}
 

@@ -7,9 +7,10 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from pipelines.params import Body
-from server import ledger
 from server.accounts import Caller
+from server.api.entrance import read_books
 from server.api.jobs import job_json, output_json
+from server.api.once import accept_once
 from server.errors import GenerationFailed, JobWasCancelled, PlantainError, from_code
 from server.intake import Accepted
 from server.jobs import Job
@@ -23,16 +24,17 @@ async def answer(
 ) -> JSONResponse:
     """Run one request to its documented answer. What it raises becomes the error envelope."""
     own_bases = (base_url, str(request.base_url).rstrip("/"))
-    accepted = await served.intake.accept(caller, kind, body, own_bases)
+    accepted = await accept_once(request, served, caller, kind, body, own_bases)
     respond_async, wait_s = preferences(request.headers.get("prefer", ""))
     try:
         async with asyncio.timeout(wait_s if respond_async else None):
             job = await served.dispatcher.wait(accepted.job.id)
     except TimeoutError:
+        await read_books(request, served, caller.user_id)
         return _accepted(served, accepted, base_url)
+    balance = await read_books(request, served, caller.user_id)
     if job.status != "succeeded":
-        raise await _failure(served, job)
-    balance = await served.store.call(ledger.balance, served.store.db, caller.user_id)
+        raise _failure(job, balance)
     headers = _headers(accepted, balance) | {"X-Served-By": job.served_by or ""}
     return JSONResponse(output_json(served, job, base_url), headers=headers)
 
@@ -71,9 +73,8 @@ def _token(field: str) -> str:
     return re.sub(r"[^\w.-]", "?", field, flags=re.ASCII)[:64]
 
 
-async def _failure(served: Services, job: Job) -> PlantainError:
+def _failure(job: Job, balance: int) -> PlantainError:
     error = job.error or {}
-    balance = await served.store.call(ledger.balance, served.store.db, job.user_id)
     cls = from_code(error.get("code", ""), JobWasCancelled if job.status == "cancelled" else GenerationFailed)
     headers = {"X-Job-Id": job.id, "X-Credits-Charged": "0", "X-Credits-Remaining": str(balance)}
     return cls(error.get("error", cls.title), headers=headers, refunded=job.credits, balance=balance, jobId=job.id)

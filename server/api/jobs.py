@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 
 from server.accounts import Caller
-from server.api.common import Authenticated, BaseUrl, Served
+from server.api.common import Authenticated, BaseUrl, Served, Stopper
 from server.clock import iso, iso_or_none
 from server.errors import NotFound
 from server.jobs import Job
@@ -36,7 +36,7 @@ async def read_job(job_id: str, caller: Authenticated, served: Served, base_url:
 
 
 @router.post("/api/jobs/{job_id}/cancel")
-async def cancel_job(job_id: str, caller: Authenticated, served: Served, base_url: BaseUrl) -> JSONResponse:
+async def cancel_job(job_id: str, caller: Stopper, served: Served, base_url: BaseUrl) -> JSONResponse:
     """Queued: cancelled at once. Running: at its next step, so the answer is 202. Ended: as it is."""
     job = await own_job(served, caller, job_id)
     if not job.is_final:
