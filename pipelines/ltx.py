@@ -1,0 +1,212 @@
+"""LTX Video: text, image, a reference video or a video's end to video, by diffusers' LTXConditionPipeline."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import LTXConditionPipeline
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from PIL import Image
+
+from pipelines.base import BadOutput, InvalidInput, OnStep, UnusableWeights, Weights
+from pipelines.clips import Clip
+from pipelines.loading import load_component, load_small, read_json
+from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
+from pipelines.residency import Residency
+from pipelines.video import Frame, first_frames, last_frames, open_covering
+
+MAX_TOKENS = 256
+FRAMES_PER_LATENT = 8
+SIZE_MULTIPLE = 32
+TRAINED_FRAMES = 257
+CONTEXT_FRAMES = 17
+"""What is seen of a video that is extended, at most: two latents of motion after its first frame."""
+REFERENCE_STRENGTH = 0.5
+"""Of a reference video, so much is kept: denoising starts half way."""
+WHOLE_FRAMES = 121
+"""Longer clips are decoded in overlapping pieces: the whole takes 100 bytes a pixel and frame."""
+DECODE_TIMESTEP, DECODE_NOISE = 0.05, 0.025
+"""For decoders that take a timestep, which 0.9.1 and later have (diffusers' guide, api/pipelines/ltx_video)."""
+
+
+def build(weights: Weights, residency: Residency) -> "Ltx":
+    """The adapter for one model; its components come to the device when a run needs them."""
+    return Ltx(weights, residency)
+
+
+class Ltx:
+    """One LTX model. Keeps only tokenizer and configs; a run's diffusers pipelines are made for it and dropped."""
+
+    def __init__(self, weights: Weights, residency: Residency) -> None:
+        folder = weights.folder
+        name = str(read_json(folder / "model_index.json").get("_class_name"))
+        if name not in ARCHITECTURES:
+            raise UnusableWeights(f"{folder / 'model_index.json'}: {name} is not an LTX pipeline known here")
+        self._weights = weights
+        self._residency = residency
+        self._tokenizer = load_small(folder, "tokenizer")
+        self._noise_scheduler = load_small(folder, "scheduler")
+
+    def generate(self, params: TextToVideo, on_step: OnStep) -> Clip:
+        """A clip of exactly `params.width` x `params.height` and, but for extending, `params.num_frames`.
+
+        Raises `InvalidInput` for a size or length that the model cannot make and for unusable input files, `BadOutput`
+        for NaN or infinite values, and whatever `on_step` raises; after each of these the next run works.
+        """
+        check(params)
+        start = STARTS[type(params)](params)
+        generator = torch.Generator("cpu").manual_seed(params.seed)  # the same noise on every device
+        with torch.inference_mode():
+            on_step("encode", 0, 1)
+            embeds = self._encode_prompts(params)
+            on_step("encode", 1, 1)
+            latents = self._denoise(params, start, embeds, generator, on_step)
+            on_step("decode", 0, 1)
+            frames = self._decode(latents, start.frames, generator)
+            on_step("decode", 1, 1)
+        return Clip(frames[start.repeated :], params.fps, start.after)
+
+    def _encode_prompts(self, params: TextToVideo) -> dict[str, Any]:
+        """T5 embeddings (1, 256, width) and their masks, as diffusers' keyword arguments."""
+        names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+        values = self._pipe("text_encoder").encode_prompt(
+            params.prompt,
+            params.negative_prompt,
+            do_classifier_free_guidance=params.guidance_scale > 1,
+            max_sequence_length=MAX_TOKENS,
+        )
+        return dict(zip(names, values, strict=True))
+
+    def _denoise(
+        self, params: TextToVideo, start: "Start", embeds: dict[str, Any], generator: torch.Generator, on_step: OnStep
+    ) -> torch.Tensor:
+        """Latents (1, channels, (frames - 1) / 8 + 1, height / 32, width / 32), normalised."""
+        return self._pipe("transformer", "vae")(
+            conditions=list(start.conditions) or None,
+            **embeds,
+            width=params.width,
+            height=params.height,
+            num_frames=start.frames,
+            frame_rate=params.fps,
+            num_inference_steps=params.num_inference_steps,
+            guidance_scale=params.guidance_scale,
+            generator=generator,
+            callback_on_step_end=report_steps(on_step),
+            output_type="latent",
+            return_dict=False,
+        )[0]
+
+    def _decode(self, latents: torch.Tensor, count: int, generator: torch.Generator) -> np.ndarray:
+        """Frames (count, height, width, 3), 8 bits. As diffusers' own pipeline does it, but for `BadOutput`."""
+        vae = self._hold("vae")
+        latents = LTXConditionPipeline._denormalize_latents(
+            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+        ).to(vae.dtype)
+        timestep = None
+        if vae.config.timestep_conditioning:
+            noise = torch.randn(latents.shape, generator=generator, dtype=vae.dtype).to(vae.device)
+            latents = (1 - DECODE_NOISE) * latents + DECODE_NOISE * noise
+            timestep = torch.tensor([DECODE_TIMESTEP], device=vae.device, dtype=vae.dtype)
+        vae.use_tiling = vae.use_framewise_decoding = count > WHOLE_FRAMES
+        pixels = vae.decode(latents, timestep, return_dict=False)[0][0]
+        vae.use_tiling = vae.use_framewise_decoding = False  # encoding heeds them too
+        if not torch.isfinite(pixels).all():
+            raise BadOutput(f"{self._weights.model} made a video with NaN or infinite pixels")
+        return (
+            ((pixels / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        )
+
+    def _pipe(self, *names: str) -> LTXConditionPipeline:
+        """diffusers' pipeline on the named components alone."""
+        parts = {"text_encoder": None, "transformer": None, "vae": None} | {name: self._hold(name) for name in names}
+        noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config)
+        pipe = LTXConditionPipeline(**parts, tokenizer=self._tokenizer, scheduler=noise_scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _hold(self, name: str) -> torch.nn.Module:
+        return self._residency.hold(self._weights.component(name), load_component)
+
+
+ARCHITECTURES = frozenset({"LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"})
+"""What `model_index.json` may name: the same components, of which LTXConditionPipeline makes all that the others do."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with, and the frames to make. The first `repeated` stand in the video `after` already."""
+
+    frames: int
+    conditions: tuple[LTXVideoCondition, ...] = ()
+    repeated: int = 0
+    after: Path | None = None
+
+
+def from_text(params: TextToVideo) -> Start:
+    return Start(params.num_frames)
+
+
+def from_image(params: ImageToVideo) -> Start:
+    """The first frame, or the first and the last."""
+    if len(params.images) not in (1, 2):
+        raise InvalidInput(f"This model takes 1 or 2 images, not {len(params.images)}.")
+    pictures = [open_covering(path, size_of(params)) for path in params.images]
+    places = zip((0, params.num_frames - 1), pictures, strict=False)
+    return Start(params.num_frames, tuple(LTXVideoCondition(image=picture, frame_index=n) for n, picture in places))
+
+
+def from_end(params: ExtendVideo) -> Start:
+    """As many of the last frames as leave the length that the model was trained on: 8n + 1, at least one."""
+    wanted = min(CONTEXT_FRAMES, max(1, TRAINED_FRAMES - params.num_frames))
+    frames = whole_latents(last_frames(params.video, size_of(params), wanted, params.fps)[::-1])[::-1]
+    start = Start(len(frames) + params.num_frames, (seen(frames),))
+    return replace(start, repeated=len(frames), after=params.video)
+
+
+def from_reference(params: ReferenceToVideo) -> Start:
+    """A video whose composition and motion are kept, half of it drawn anew."""
+    if params.video is None or params.images:
+        raise InvalidInput("This model takes a video as its reference, and no images.")
+    frames = whole_latents(first_frames(params.video, size_of(params), params.num_frames, params.fps))
+    return Start(params.num_frames, (replace(seen(frames), strength=REFERENCE_STRENGTH),))
+
+
+STARTS: Mapping[type[TextToVideo], Callable[[Any], Start]] = {
+    TextToVideo: from_text,
+    ImageToVideo: from_image,
+    ExtendVideo: from_end,
+    ReferenceToVideo: from_reference,
+}
+
+
+def whole_latents(frames: list[Frame]) -> list[Frame]:
+    """The first 8n + 1 of them."""
+    return frames[: (len(frames) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1]
+
+
+def seen(frames: list[Frame]) -> LTXVideoCondition:
+    return LTXVideoCondition(video=[Image.fromarray(frame) for frame in frames])
+
+
+def size_of(params: TextToVideo) -> tuple[int, int]:
+    return params.width, params.height
+
+
+def check(params: TextToVideo) -> None:
+    if params.width % SIZE_MULTIPLE or params.height % SIZE_MULTIPLE:
+        raise InvalidInput(f"{params.width} x {params.height}: both must be multiples of {SIZE_MULTIPLE}.")
+    added = isinstance(params, ExtendVideo)
+    if (params.num_frames - (0 if added else 1)) % FRAMES_PER_LATENT:
+        rule = "added frames must be a multiple of 8" if added else "frames must be a multiple of 8, and one"
+        raise InvalidInput(f"{params.num_frames} frames: {rule}.")
+
+
+def report_steps(on_step: OnStep) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    def report(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step("denoise", step + 1, pipe.num_timesteps)
+        return tensors
+
+    return report
