@@ -77,9 +77,11 @@ def plan(waiting: Sequence[Waiting], devices: Sequence[Device]) -> list[Action]:
     for job in waiting:
         if not idle or largest_bytes is None:
             break
-        if job.need.total_bytes > largest_bytes:
-            actions.append(Refuse(job.job_id, job.need.total_bytes, largest_bytes))
-        elif device := _best(job.need, idle.values()):
+        need_bytes = job.need.total_bytes
+        if need_bytes > largest_bytes:
+            actions.append(Refuse(job.job_id, need_bytes, largest_bytes))
+        elif need_bytes <= max(device.budget_bytes for device in idle.values()):
+            device = _best(job.need, idle.values())
             actions += [*_evictions(job.need, device), Start(job.job_id, device.id)]
             del idle[device.id]
     return actions
@@ -111,9 +113,9 @@ def after(device: Device, need: Need, evicted: Iterable[str]) -> Device:
     return replace(device, resident=(*kept, *need.components), idle=False)
 
 
-def _best(need: Need, idle: Iterable[Device]) -> Device | None:
+def _best(need: Need, idle: Iterable[Device]) -> Device:
     able = [device for device in idle if need.total_bytes <= device.budget_bytes]
-    return min(able, key=lambda device: (device.missing_bytes(need), -device.free_bytes), default=None)
+    return min(able, key=lambda device: (device.missing_bytes(need), -device.free_bytes))
 
 
 def _evictions(need: Need, device: Device) -> list[Evict]:

@@ -25,6 +25,7 @@ from server.services import Services
 from server.settings import PROJECT, Settings
 from tests import tiny
 
+GENERATE = "/api/image/fal/generate"
 CPU = DeviceSpec("cpu", "CPU", "cpu", 8 * 2**30, 6 * 2**30)
 PATIENCE_S = 120.0
 
@@ -216,6 +217,7 @@ def running(settings: Settings, devices: list[DeviceSpec] | None = None) -> Iter
 def serving(made: Services) -> Iterator[str]:
     """The app on a free port; yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = uvicorn.Server(uvicorn.Config(create_app(made), log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -10,9 +11,13 @@ import typer
 import uvicorn
 from rich.console import Console
 
-from server import services
+from pipelines.catalog import Catalog
+from pipelines.weights.errors import PullError
+from pipelines.weights.pull import installed
+from server import open_mode, services
 from server.app import create_app
-from server.settings import Settings, from_environment
+from server.commands.weights import pull_each
+from server.settings import PROJECT, Settings, SettingsError, from_environment
 
 SHUTDOWN_S = 30
 
@@ -27,16 +32,20 @@ def serve(
     data: Annotated[Path | None, typer.Option(help="Folder for database, files and weights. [data]")] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Forbid every connection to the outside.")] = None,
     public_url: Annotated[str | None, typer.Option(help="This server's address as callers see it.")] = None,
+    open_: Annotated[bool | None, typer.Option("--open", help="For you alone: no key, no limits.")] = None,
+    open_to_the_network: Annotated[
+        bool | None, typer.Option("--open-to-the-network", help="Let --open listen where others can reach it.")
+    ] = None,
 ) -> None:
     """Serve the API. Options win over `PLANTAIN_…` environment variables."""
     chosen = {"host": host, "port": port, "data": data, "offline": offline, "public_url": public_url}
+    chosen |= {"open": open_, "open_to_the_network": open_to_the_network}
     settings = Settings(**{**from_environment(), **{k: v for k, v in chosen.items() if v is not None}})  # type: ignore[arg-type]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     lock = lock_data(settings.data)
-    made = services.make(settings)
-    _greet(settings, made)
-    uvicorn.run(
+    made = _make(settings)
+    config = uvicorn.Config(
         create_app(made),
         host=settings.host,
         port=settings.port,
@@ -44,7 +53,20 @@ def serve(
         timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
     )
+    listener = config.bind_socket()  # before the greeting says that it listens
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it for sockets it did not make
+    _greet(settings, made)
+    uvicorn.Server(config).run([listener])
     lock.close()
+
+
+def _make(settings: Settings) -> services.Services:
+    try:
+        open_mode.check_settings(settings)
+        _fetch_starter(settings)
+        return services.make(settings)
+    except SettingsError as error:
+        raise typer.Exit(_complain(str(error))) from None
 
 
 def lock_data(data: Path) -> IO[str]:
@@ -61,6 +83,17 @@ def lock_data(data: Path) -> IO[str]:
     return lock
 
 
+def _fetch_starter(settings: Settings) -> None:
+    """Once: the small models that make a new server useful. Without them it serves what else there is, and says so."""
+    catalog = Catalog.load(settings.weights_toml)
+    missing = [catalog.find(name) for name in catalog.starter if not installed(catalog.find(name), settings.weights)]
+    try:
+        if missing:
+            pull_each(missing, settings.weights, settings.offline, accept_licence=False)
+    except PullError as error:
+        Console(stderr=True).print(f"[yellow]{error}[/yellow]", highlight=False)
+
+
 def _greet(settings: Settings, made: services.Services) -> None:
     """Where it listens, what it runs on, the first key, and a line to paste."""
     console = Console(highlight=False, soft_wrap=True)
@@ -71,7 +104,9 @@ def _greet(settings: Settings, made: services.Services) -> None:
         console.print(f"  {device.name} ({device.id}): {device.budget_bytes / 2**30:.1f} GiB to give out")
     if made.first_key:
         console.print(f"\nYour API key, shown this once: [bold]{made.first_key}[/bold]")
-    key = made.first_key or "$PLANTAIN_KEY"
+    if settings.open:
+        console.print("Open: it takes every call from this machine, and asks for no key.")
+    key = "" if settings.open else made.first_key or "$PLANTAIN_KEY"
     console.print("\nTry it:\n")
     console.print(_curl(address, key, made), markup=False)
     console.print()
@@ -79,9 +114,10 @@ def _greet(settings: Settings, made: services.Services) -> None:
 
 def _curl(address: str, key: str, made: services.Services) -> str:
     """A line that works when pasted: it cuts out the picture that lies beside the README."""
-    picture = "$(base64 < docs/coffee.jpg | tr -d '\\n')"
+    picture = f"$(base64 < {PROJECT / 'docs/astronaut.jpg'} | tr -d '\\n')"
+    authorization = f" -H 'Authorization: Bearer {key}'" if key else ""
     return (
-        f"curl {address}/api/image/fal/remove-bg -H 'Authorization: Bearer {key}' \\\n"
+        f"curl {address}/api/image/fal/remove-bg{authorization} \\\n"
         f'  -d "{{\\"imageUrl\\": \\"data:image/jpeg;base64,{picture}\\"}}"'
     )
 

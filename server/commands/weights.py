@@ -172,12 +172,17 @@ def progress_bars() -> Iterator[OnProgress]:
         rich_progress.TransferSpeedColumn(),
         rich_progress.TimeRemainingColumn(),
     )
+    bars = rich_progress.Progress(*columns, console=Console(file=sys.stderr))
     tasks: dict[str, TaskID] = {}
-    with rich_progress.Progress(*columns, console=Console(file=sys.stderr)) as bars:
 
-        def show(progress: Progress) -> None:
-            if progress.model not in tasks:
-                tasks[progress.model] = bars.add_task(progress.model)
-            bars.update(tasks[progress.model], completed=progress.done_bytes, total=progress.total_bytes)
+    def show(progress: Progress) -> None:
+        if progress.model not in tasks:
+            bars.start()
+            tasks[progress.model] = bars.add_task(progress.model)
+        bars.update(tasks[progress.model], completed=progress.done_bytes, total=progress.total_bytes)
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bars.stop()
