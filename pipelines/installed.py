@@ -1,0 +1,89 @@
+"""What is installed: quick answers from `weights.lock`, re-read when it changes."""
+
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pipelines.base import Component, Weights
+from pipelines.catalog import Model
+from pipelines.weights.formats import WEIGHTS, loaded_bytes
+from pipelines.weights.lock import NAME, Entry, Lock
+
+NOT_PART_OF_A_CONFIG = ("_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype")
+"""Who saved a component, and how: none of it changes what is computed."""
+
+NETWORK = "network"
+"""The one component of a model that is a single file."""
+
+
+class Installed:
+    """Reads the weights folder `root`. Nothing is hashed: `plantain verify` does that."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.stamp: object = None
+        self.lock = Lock()
+        self.components: dict[tuple[str, str], tuple[Component, ...]] = {}
+
+    def weights(self, model: Model) -> Weights | None:
+        """None unless every file is there with its recorded size. Raises `UnusableWeights` for a broken file."""
+        self.refresh()
+        entry = self.lock.models.get(model.id)
+        if entry is None or model.weights is None or not entry.intact(self.root):
+            return None
+        folder = entry.path(self.root)
+        if (model.id, model.dtype) not in self.components:
+            self.components[model.id, model.dtype] = tuple(find_components(folder, entry, model.dtype))
+        return Weights(model.id, model.family or "", folder, self.components[model.id, model.dtype])
+
+    def status(self, model: Model) -> Literal["installed", "missing", "none"]:
+        """`none`: there is nothing to install, the model runs at fal only."""
+        if model.weights is None:
+            return "none"
+        return "installed" if self.weights(model) else "missing"
+
+    def refresh(self) -> None:
+        stamp = stamp_of(self.root / NAME)
+        if stamp != self.stamp:
+            self.lock, self.stamp, self.components = Lock.read(self.root), stamp, {}
+
+
+def stamp_of(path: Path) -> object:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def find_components(folder: Path, entry: Entry, dtype: str) -> list[Component]:
+    """One for each folder with weights in it; what lies beside such folders is the same once more, in one file."""
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(entry.files):
+        if name.endswith(WEIGHTS):
+            by_folder[str(PurePosixPath(name).parent)].append(name)
+    if list(by_folder) == ["."]:
+        return [component(folder, entry, name, [name], dtype) for name in by_folder["."][:1]]
+    return [component(folder, entry, part, names, dtype) for part, names in by_folder.items() if part != "."]
+
+
+def component(folder: Path, entry: Entry, part: str, names: list[str], dtype: str) -> Component:
+    path = folder / part
+    hashes = sorted(entry.files[name].sha256 for name in names)
+    return Component(
+        name=NETWORK if path.suffix in WEIGHTS else part,
+        key=hashlib.sha256(json.dumps([hashes, config_of(path), dtype], sort_keys=True).encode()).hexdigest(),
+        weights_bytes=sum(loaded_bytes(folder / name, dtype) for name in names),
+        path=path,
+        dtype=dtype,
+    )
+
+
+def config_of(path: Path) -> dict[str, object]:
+    """The component's own configuration, less what differs between equal components."""
+    if not (path / "config.json").is_file():
+        return {}
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    return {key: value for key, value in config.items() if key not in NOT_PART_OF_A_CONFIG}

