@@ -21,6 +21,10 @@ class UnusableWeights(Exception):
     """The operator's fault: a weights file is missing, truncated or of a kind that is not loaded."""
 
 
+class BadOutput(Exception):
+    """The model ran, but what it made is none: NaN or infinite values."""
+
+
 @dataclass(frozen=True)
 class Component:
     """One part of a model with weights of its own.

@@ -1,0 +1,233 @@
+"""Flux.1: dev, schnell and Kontext by diffusers, in three phases (encode, denoise, decode) on shared components."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, ImageOps
+
+from pipelines.base import BadOutput, InvalidInput, OnStep, UnusableWeights, Weights
+from pipelines.images import open_image
+from pipelines.loading import load_component, load_small, read_json
+from pipelines.params import ImageToImage, TextToImage
+from pipelines.residency import Residency
+
+COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
+LANCZOS = Image.Resampling.LANCZOS
+REFERENCE_AREA = 1024**2
+"""Pixels of a Kontext reference: it was trained on sizes of a megapixel, in multiples of 16 (diffusers lists them)."""
+TRUE_GUIDANCE_SCALE = 2.0
+"""Classifier-free guidance when there is a negative prompt; Flux's own guidance is distilled and knows none."""
+
+
+def build(weights: Weights, residency: Residency) -> "Flux":
+    """The adapter for one model; its components come to the device when a run needs them."""
+    return Flux(weights, residency)
+
+
+class Flux:
+    """One Flux model. Keeps only tokenizers and configs; a run's diffusers pipelines are made for it and dropped."""
+
+    def __init__(self, weights: Weights, residency: Residency) -> None:
+        folder = weights.folder
+        self._weights = weights
+        self._residency = residency
+        self._recipes = recipes_for(folder)
+        self._vae = read_json(folder / "vae" / "config.json")
+        self._vae_scale = 2 ** (len(self._vae["block_out_channels"]) - 1)
+        self._tokenizer = load_small(folder, "tokenizer")
+        self._tokenizer_2 = load_small(folder, "tokenizer_2")
+        self._noise_scheduler = load_small(folder, "scheduler")
+        # schnell, the model without guidance embeddings, was distilled on 256 tokens; the others take 512.
+        guided = read_json(folder / "transformer" / "config.json")["guidance_embeds"]
+        self._max_tokens = 512 if guided else 256
+
+    def generate(self, params: TextToImage, on_step: OnStep) -> Image.Image:
+        """One RGB picture of exactly `params.width` x `params.height`.
+
+        Raises `InvalidInput` for a size that the model cannot make and for unusable input images, `BadOutput` for a
+        picture that is none, and whatever `on_step` raises; after each of these the next run works.
+        """
+        self._check_size(params)
+        recipe = self._recipes[type(params)]
+        picture = recipe.picture(params)
+        special = recipe.special(params)
+        if picture and special.get("strength") == 0:
+            return picture
+        generator = torch.Generator("cpu").manual_seed(params.seed)  # the same noise on every device
+        with torch.inference_mode():
+            on_step("encode", 0, 1)
+            inputs = self._encode_prompts(recipe, params)
+            if picture:
+                inputs["image"] = self._encode_picture(recipe, picture, generator)
+            on_step("encode", 1, 1)
+            latents = self._denoise(recipe, params, inputs | special, generator, on_step)
+            on_step("decode", 0, 1)
+            output = self._decode(latents, params)
+            on_step("decode", 1, 1)
+        return output
+
+    def _encode_prompts(self, recipe: "Recipe", params: TextToImage) -> dict[str, Any]:
+        """T5 embeddings (1, tokens, width) and CLIP's pooled one (1, width), as diffusers' keyword arguments."""
+        pipe = self._pipe(recipe, "text_encoder", "text_encoder_2")
+        embeds, pooled, _ = pipe.encode_prompt(params.prompt, max_sequence_length=self._max_tokens)
+        inputs = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        if params.negative_prompt:
+            embeds, pooled, _ = pipe.encode_prompt(params.negative_prompt, max_sequence_length=self._max_tokens)
+            inputs |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
+            inputs |= {"true_cfg_scale": TRUE_GUIDANCE_SCALE}
+        return inputs
+
+    def _encode_picture(self, recipe: "Recipe", picture: Image.Image, generator: torch.Generator) -> torch.Tensor:
+        """Latents (1, channels, height / 8, width / 8); image-to-image samples them, Kontext takes their mode."""
+        pipe = self._pipe(recipe, "vae")
+        pixels = pipe.image_processor.preprocess(picture).to(pipe.vae.device, pipe.vae.dtype)
+        return pipe._encode_vae_image(pixels, generator)
+
+    def _denoise(
+        self, recipe: "Recipe", params: TextToImage, inputs: dict[str, Any], generator: torch.Generator, on_step: OnStep
+    ) -> torch.Tensor:
+        """Packed latents (1, tokens, 4 x channels). A model without guidance embeddings ignores `guidance_scale`."""
+        pipe = self._pipe(recipe, "transformer")
+        dtype = pipe.transformer.dtype
+        return pipe(
+            **{name: cast(value, dtype) for name, value in inputs.items()},
+            width=params.width,
+            height=params.height,
+            num_inference_steps=params.num_inference_steps,
+            guidance_scale=params.guidance_scale,
+            generator=generator,
+            callback_on_step_end=report_steps(on_step),
+            output_type="latent",
+            return_dict=False,
+        )[0]
+
+    def _decode(self, latents: torch.Tensor, params: TextToImage) -> Image.Image:
+        """As diffusers' guide to running the parts apart has it (docs: training/distributed_inference)."""
+        vae = self._hold("vae")
+        latents = FluxPipeline._unpack_latents(latents, params.height, params.width, self._vae_scale)
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents, return_dict=False)[0]
+        if not torch.isfinite(pixels).all():
+            raise BadOutput(f"{self._weights.model} made a picture with NaN or infinite pixels")
+        return VaeImageProcessor().postprocess(pixels)[0]
+
+    def _pipe(self, recipe: "Recipe", *names: str) -> Any:
+        """The recipe's diffusers pipeline on the named components alone, told the VAE's geometry even without it."""
+        parts = dict.fromkeys(COMPONENTS) | {name: self._hold(name) for name in names}
+        noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config)
+        pipe = recipe.pipeline(
+            **parts, tokenizer=self._tokenizer, tokenizer_2=self._tokenizer_2, scheduler=noise_scheduler
+        )
+        pipe.vae_scale_factor = self._vae_scale
+        pipe.latent_channels = self._vae["latent_channels"]
+        pipe.image_processor = VaeImageProcessor(
+            vae_scale_factor=2 * self._vae_scale, vae_latent_channels=self._vae["latent_channels"]
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _hold(self, name: str) -> torch.nn.Module:
+        return self._residency.hold(self._weights.component(name), load_component)
+
+    def _check_size(self, params: TextToImage) -> None:
+        multiple = 2 * self._vae_scale
+        if params.width % multiple or params.height % multiple:
+            raise InvalidInput(f"{params.width} x {params.height}: width and height must be multiples of {multiple}.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one architecture runs one kind of params."""
+
+    pipeline: Any
+    picture: Callable[[Any], Image.Image | None]
+    special: Callable[[Any], dict[str, Any]]
+
+
+def no_picture(params: TextToImage) -> None:
+    return None
+
+
+def start_picture(params: ImageToImage) -> Image.Image:
+    """The one input, covering the output's size: scaled by Lanczos, its overhang cropped evenly."""
+    if len(params.images) != 1:
+        raise InvalidInput(f"This model takes one image, not {len(params.images)}.")
+    return ImageOps.fit(open_flat(params.images[0]), (params.width, params.height), LANCZOS)
+
+
+def reference_picture(params: ImageToImage) -> Image.Image:
+    """What Kontext looks at: the inputs as one picture, side by side at one height, none cropped.
+
+    Kontext takes one picture; such a row is how ComfyUI's ImageStitch shows it several. Its area is the one that
+    Kontext was trained on, or the output's where that is less; its shape is its own, but for rounding to 16 pixels.
+    """
+    if not params.images:
+        raise InvalidInput("Editing needs at least one image.")
+    pictures = [open_flat(path) for path in params.images]
+    ratios = [picture.width / picture.height for picture in pictures]
+    area = min(params.width * params.height, REFERENCE_AREA)
+    row = Image.new("RGB", (to_16(sqrt(area * sum(ratios))), to_16(sqrt(area / sum(ratios)))))
+    for i, picture in enumerate(pictures):
+        left, right = (round(row.width * sum(ratios[:n]) / sum(ratios)) for n in (i, i + 1))
+        row.paste(picture.resize((max(1, right - left), row.height), LANCZOS), (left, 0))
+    return row
+
+
+def open_flat(path: Path) -> Image.Image:
+    """RGB; what is transparent becomes white."""
+    picture = open_image(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def to_16(length: float) -> int:
+    return max(16, round(length / 16) * 16)
+
+
+def nothing(params: TextToImage) -> dict[str, Any]:
+    return {}
+
+
+def strength(params: ImageToImage) -> dict[str, Any]:
+    """diffusers runs the last ceil(steps x strength) steps; with 0 there is none, and the input is the output."""
+    return {"strength": params.strength}
+
+
+def whole_area(params: TextToImage) -> dict[str, Any]:
+    """Kontext rescales its output to `max_area`: the size asked for stays as it is."""
+    return {"max_area": params.width * params.height}
+
+
+RECIPES: dict[tuple[str, type[TextToImage]], Recipe] = {
+    ("FluxPipeline", TextToImage): Recipe(FluxPipeline, no_picture, nothing),
+    ("FluxPipeline", ImageToImage): Recipe(FluxImg2ImgPipeline, start_picture, strength),
+    ("FluxKontextPipeline", TextToImage): Recipe(FluxKontextPipeline, no_picture, whole_area),
+    ("FluxKontextPipeline", ImageToImage): Recipe(FluxKontextPipeline, reference_picture, whole_area),
+}
+"""By `model_index.json`'s `_class_name` and the kind of params."""
+
+
+def recipes_for(folder: Path) -> dict[type[TextToImage], Recipe]:
+    """The recipes of the architecture that the folder's `model_index.json` names, by the kind of params."""
+    name = read_json(folder / "model_index.json").get("_class_name")
+    recipes = {kind: recipe for (architecture, kind), recipe in RECIPES.items() if architecture == name}
+    if not recipes:
+        raise UnusableWeights(f"{folder / 'model_index.json'}: {name} is not a Flux pipeline known here")
+    return recipes
+
+
+def report_steps(on_step: OnStep) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    def report(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step("denoise", step + 1, pipe.num_timesteps)
+        return tensors
+
+    return report
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,83 @@
+"""From files to objects: the well-kept loaders of diffusers and transformers, on local safetensors files only."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from pipelines.base import Component, UnusableWeights
+
+LIBRARIES = ("diffusers", "transformers")
+"""A folder's `model_index.json` may name classes of these and of nothing else."""
+
+
+def load_component(component: Component) -> torch.nn.Module:
+    """One component of a diffusers folder, on the host, in its dtype, for inference.
+
+    Raises `UnusableWeights`, naming the file, where one is missing, truncated or not what the config says.
+    """
+    quiet()
+    check_files(component.path)
+    loader = class_of(component.path.parent, component.path.name)
+    dtype = getattr(torch, component.dtype)
+    try:
+        module, report = loader.from_pretrained(
+            component.path, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UnusableWeights(f"{component.path}: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UnusableWeights(f"{component.path}: {len(missing)} tensors are missing, such as {missing[0]}")
+    return module.eval().requires_grad_(False)
+
+
+def load_small(folder: Path, name: str) -> Any:
+    """A tokenizer, feature extractor or noise scheduler: a few megabytes that stay on the host."""
+    quiet()
+    try:
+        return class_of(folder, name).from_pretrained(folder / name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnusableWeights(f"{folder / name}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UnusableWeights(f"{path}: {error}") from error
+
+
+def class_of(folder: Path, name: str) -> Any:
+    """The class that the folder's `model_index.json` names for one of its parts."""
+    index = folder / "model_index.json"
+    library, class_name = read_json(index).get(name) or (None, None)
+    found = getattr(importlib.import_module(library), str(class_name), None) if library in LIBRARIES else None
+    if found is None:
+        raise UnusableWeights(f"{index}: no class for {name} in {' or '.join(LIBRARIES)}")
+    return found
+
+
+def check_files(folder: Path) -> None:
+    """Every safetensors file is there and as long as its own header says; the hashes are `plantain verify`'s work."""
+    files = set(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        files |= {folder / name for name in read_json(index)["weight_map"].values()}
+    if not files:
+        raise UnusableWeights(f"{folder}: no safetensors file")
+    for file in sorted(files):
+        try:
+            safe_open(file, framework="pt").__exit__(None, None, None)
+        except (OSError, SafetensorError) as error:
+            raise UnusableWeights(f"{file}: {error}") from error
+
+
+def quiet() -> None:
+    """A worker's output is a log: no progress bars in it, and no prompts, which both libraries quote when they warn."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
