@@ -55,39 +55,46 @@ class Guard:
 
     async def addresses(self, url: httpx.URL) -> list[str]:
         """The addresses of the URL's host, all of them checked. Raises `AddressRefused` if any may not be met."""
-        port = _port(url)
-        host = url.raw_host.decode("ascii")
-        if NUMERIC_HOST.fullmatch(host) and not _is_dotted_quad(host):
-            raise AddressRefused(f"{host} is an unusual way to write an address; use a name, or four decimal numbers.")
-        try:
-            found = await self.resolve(host, port)
-        except (OSError, UnicodeError) as error:  # the latter for a name that IDNA cannot hold
-            raise MediaUnreachable(f"The host {host} was not found.") from error
-        if not found:
-            raise MediaUnreachable(f"The host {host} was not found.")
+        _check_spelling(url)
+        found = await self._resolved(_host(url), _port(url))
         if not all(self._may_meet(address) for address in found):
             raise AddressRefused(
-                f"The host {host} is at a private or otherwise not public address; this server does not fetch from "
-                "those unless its operator allows the network."
+                f"The host {_host(url)} is at a private or otherwise not public address; this server does not fetch "
+                "from those unless its operator allows the network."
             )
         return list(dict.fromkeys(found))
+
+    async def _resolved(self, host: str, port: int) -> Sequence[str]:
+        try:
+            return await self.resolve(host, port)
+        except (OSError, UnicodeError) as error:  # the latter for a name that IDNA cannot hold
+            raise MediaUnreachable(f"The host {host} was not found.") from error
 
     def _may_meet(self, text: str) -> bool:
         address = ipaddress.ip_address(text)
         return is_public(address) or any(address in network for network in self.allowed_networks)
 
 
-def _port(url: httpx.URL) -> int:
+def _check_spelling(url: httpx.URL) -> None:
+    host = _host(url)
+    if not host:
+        raise InvalidMedia("This is not a URL: it names no host.")
     if url.scheme not in PORTS:
         raise AddressRefused(f"Only http: and https: URLs are fetched, not {url.scheme}:.")
     if url.userinfo:
         raise AddressRefused("A URL with a user name or password is not fetched.")
-    if not url.host:
-        raise InvalidMedia("The URL names no host.")
-    port = url.port or PORTS[url.scheme]
-    if port not in PORTS.values() and port < 1024:
-        raise AddressRefused(f"Port {port} is not fetched from: only 80, 443 and those from 1024 are.")
-    return port
+    if NUMERIC_HOST.fullmatch(host) and not _is_dotted_quad(host):
+        raise AddressRefused(f"{host} is an unusual way to write an address; use a name, or four decimal numbers.")
+    if _port(url) not in PORTS.values() and not 1024 <= _port(url) < 2**16:
+        raise AddressRefused(f"Port {_port(url)} is not fetched from: only 80, 443 and those from 1024 are.")
+
+
+def _host(url: httpx.URL) -> str:
+    return url.raw_host.decode("ascii")
+
+
+def _port(url: httpx.URL) -> int:
+    return PORTS[url.scheme] if url.port is None else url.port
 
 
 def _is_dotted_quad(host: str) -> bool:
@@ -126,5 +133,5 @@ def _pinned(request: httpx.Request, address: str) -> httpx.Request:
         request.url.copy_with(host=address),
         headers=request.headers,
         stream=request.stream,
-        extensions={**request.extensions, "sni_hostname": request.url.raw_host.decode("ascii")},
+        extensions={**request.extensions, "sni_hostname": _host(request.url)},
     )

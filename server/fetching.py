@@ -17,7 +17,7 @@ Write = Callable[[bytes], Awaitable[None]]
 
 PIECE_BYTES = 2**18
 GZIP = 31  # zlib's `wbits`: the largest window, a gzip header
-HEADERS = {"User-Agent": "Plantain", "Accept": "image/*", "Accept-Encoding": "identity"}
+HEADERS = {"User-Agent": "Plantain", "Accept-Encoding": "identity"}
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,14 @@ class Limits:
     max_bytes: int = 32 * 2**20
     connect_s: float = 5.0
     fetch_s: float = 30.0
+    decode_s: float = 20.0
     redirects: int = 3
+    noun: str = "image"
+    accept: str = "image/*"
 
     def check_size(self, size_bytes: int) -> None:
         if size_bytes > self.max_bytes:
-            raise TooLarge(f"The image is larger than the {self.max_bytes / 2**20:g} MiB that are taken.")
+            raise TooLarge(f"The {self.noun} is larger than the {self.max_bytes / 2**20:g} MiB that are taken.")
 
 
 class Fetcher:
@@ -55,7 +58,8 @@ class Fetcher:
     def _client(self) -> httpx.AsyncClient:
         timeout = httpx.Timeout(self._limits.fetch_s, connect=self._limits.connect_s)
         transport = GuardedTransport(self._guard, self._tls)
-        return httpx.AsyncClient(transport=transport, trust_env=False, timeout=timeout, headers=HEADERS)
+        headers = HEADERS | {"Accept": self._limits.accept}
+        return httpx.AsyncClient(transport=transport, trust_env=False, timeout=timeout, headers=headers)
 
     async def _answer(self, client: httpx.AsyncClient, url: str) -> httpx.Response:
         """Redirects by hand: httpx would read each one's body, however long, into memory."""
