@@ -31,6 +31,15 @@ def invalid_credentials() -> AuthError:
     return AuthError(401, "INVALID_EMAIL_OR_PASSWORD", "Invalid email or password")
 
 
+def banned() -> AuthError:
+    text = "You have been banned from this application. Please contact support if you believe this is an error."
+    return AuthError(403, "BANNED_USER", text)
+
+
+def invalid_token() -> AuthError:
+    return AuthError(400, "INVALID_TOKEN", "Invalid token")
+
+
 def invalid_password() -> AuthError:
     return AuthError(400, "INVALID_PASSWORD", "Invalid password")
 

@@ -28,7 +28,8 @@ class Passwords:
     async def matches(self, stored: str | None, password: str) -> bool:
         """With nothing stored, False after the same work."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, check_password, stored or DECOY, password)
+        matched = await loop.run_in_executor(self._threads, check_password, stored or DECOY, password)
+        return matched and stored is not None
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)

@@ -48,6 +48,14 @@ def bearer_token(request: Request, served: Services) -> str | None:
     return served.auth.secret.unsign(text) if "." in text else text
 
 
+def api_key(request: Request) -> str | None:
+    """A key in place of a session."""
+    scheme, _, text = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and text.strip().startswith(KEY_PREFIX):
+        return text.strip()
+    return request.headers.get("x-api-key")
+
+
 def cookies_of(request: Request, served: Services) -> Cookies:
     address = served.settings.public_url or str(request.base_url)
     return Cookies(served.auth.secret, secure=address.startswith("https://"))

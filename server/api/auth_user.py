@@ -1,0 +1,177 @@
+"""Better Auth's routes about one's own account: name, password, reset by mail, and leaving."""
+
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from server import accounts
+from server.api.common import Served
+from server.auth import bodies, credentials, origins, session_rows, sessions
+from server.auth.errors import AuthError, invalid_body, invalid_password, invalid_token, no_fields
+from server.auth.guard import PREFIX, SignedIn, check_fields, check_new_password, guard, open_session
+from server.auth.outbox import Mail
+from server.auth.session_rows import Session
+from server.auth.shapes import account_json, user_json
+from server.auth.transaction import in_transaction
+from server.services import Services
+
+router = APIRouter(prefix=PREFIX, dependencies=[Depends(guard)])
+
+CHANGE_PASSWORD = {"currentPassword": "string", "newPassword": "string", "revokeOtherSessions": "boolean?"}
+DELETE = {"password": "string?", "token": "string?", "callbackURL": "string?"}
+RESET = {"newPassword": "string", "token": "string?"}
+SENT = "If this email exists in our system, check your email for the reset link"
+RESET_TEXT = """Somebody, hopefully you, asked to reset your password at {address}.
+
+To choose a new one within the next hour, open
+
+{link}
+
+If it was not you, there is nothing to do: your password stays as it is.
+"""
+
+
+@router.post("/update-user")
+async def update_user(request: Request, session: SignedIn, served: Served) -> JSONResponse:
+    body = await bodies.read(request, {"name": "string?", "image": "string|null?"})
+    if body.get("email"):
+        raise AuthError(400, "EMAIL_CAN_NOT_BE_UPDATED", "Email can not be updated")
+    check_fields(body)
+    changes: dict[str, str | None] = {name: body[name] for name in ("name", "image") if name in body}
+    if not changes:
+        raise no_fields()
+    await in_transaction(served, credentials.update_user, session.user_id, changes, served.clock())
+    sessions.give(request, served, session.token, remember=not session.is_short)
+    return JSONResponse({"status": True})
+
+
+@router.post("/change-password")
+async def change_password(request: Request, session: SignedIn, served: Served) -> JSONResponse:
+    body = await bodies.read(request, CHANGE_PASSWORD)
+    check_new_password(body["newPassword"])
+    await _check_password(served, session, body["currentPassword"])
+    password = await served.auth.passwords.hash(body["newPassword"])
+    await in_transaction(served, credentials.set_password, session.user_id, password, served.clock())
+    token = None
+    if body.get("revokeOtherSessions"):
+        await served.store.call(session_rows.revoke_all, served.store.db, session.user_id)
+        token = await open_session(request, served, session.user_id)
+    user = await served.store.call(accounts.user, served.store.db, session.user_id)
+    return JSONResponse({"token": token, "user": user_json(user)})
+
+
+@router.post("/verify-password")
+async def verify_password(request: Request, session: SignedIn, served: Served) -> JSONResponse:
+    body = await bodies.read(request, {"password": "string"})
+    await _check_password(served, session, body["password"])
+    return JSONResponse({"status": True})
+
+
+@router.post("/request-password-reset")
+async def request_password_reset(request: Request, served: Served) -> JSONResponse:
+    """The same answer, as soon, whether there is such a user or not."""
+    body = await bodies.read(request, {"email": "email", "redirectTo": "string?"})
+    origins.check_redirect(body.get("redirectTo"), "redirectTo", origins.for_redirects(served.settings))
+    user = await served.store.call(credentials.find, served.store.db, body["email"])
+    if user:
+        token = await in_transaction(served, credentials.open_reset, user["id"], served.clock())
+        served.auth.outbox.send(_reset_mail(served, user["email"], token, body.get("redirectTo")))
+    return JSONResponse({"status": True, "message": SENT})
+
+
+@router.get("/reset-password/{token}")
+async def follow_reset_link(token: str, request: Request, served: Served) -> Response:
+    """From the mail to the page for a new password. It does not use the token up: mail scanners come here too."""
+    target = request.query_params.get("callbackURL")
+    if target is None:
+        raise invalid_body("[query.callbackURL] Invalid input: expected string, received undefined")
+    origins.check_redirect(target, "callbackURL", origins.for_redirects(served.settings))
+    is_open = await served.store.call(credentials.is_reset_open, served.store.db, token, served.clock())
+    told = {"token": token} if is_open else {"error": "INVALID_TOKEN"}
+    location = _with_query(urljoin(origins.address_of(served.settings) + "/", target), told)
+    return Response(status_code=302, headers={"Location": location, "Referrer-Policy": "no-referrer"})
+
+
+@router.post("/reset-password")
+async def reset_password(request: Request, served: Served) -> JSONResponse:
+    body = await bodies.read(request, RESET)
+    token = body.get("token") or request.query_params.get("token")
+    if not token:
+        raise invalid_token()
+    check_new_password(body["newPassword"])
+    if not await served.store.call(credentials.is_reset_open, served.store.db, token, served.clock()):
+        raise invalid_token()  # before the work of hashing
+    password = await served.auth.passwords.hash(body["newPassword"])
+    await in_transaction(served, credentials.reset_password, token, password, served.clock())
+    return JSONResponse({"status": True})
+
+
+@router.post("/delete-user")
+async def delete_user(request: Request, session: SignedIn, served: Served) -> JSONResponse:
+    """Needs the password, or a session of today. Jobs that wait or run are cancelled, and files go."""
+    body = await bodies.read(request, DELETE)
+    if body.get("password") is not None:
+        await _check_password(served, session, body["password"])
+    elif body.get("token"):
+        raise AuthError(404, "INVALID_TOKEN", "Invalid token")
+    elif not session.is_fresh(served.clock()):
+        raise AuthError(400, "SESSION_EXPIRED", "Session expired. Re-authenticate to perform this action.")
+    await _forget(served, session.user_id)
+    sessions.take(request, served)
+    return JSONResponse({"success": True, "message": "User deleted"})
+
+
+@router.get("/list-accounts")
+async def list_accounts(session: SignedIn, served: Served) -> JSONResponse:
+    rows = await served.store.call(credentials.accounts_of, served.store.db, session.user_id)
+    return JSONResponse([account_json(row) for row in rows])
+
+
+@router.post("/send-verification-email")
+async def send_verification_email() -> JSONResponse:
+    raise AuthError(400, "VERIFICATION_EMAIL_NOT_ENABLED", "Verification email isn't enabled")
+
+
+@router.get("/verify-email")
+async def verify_email() -> JSONResponse:
+    raise AuthError(401, "INVALID_TOKEN", "Invalid token")
+
+
+@router.post("/change-email")
+async def change_email(session: SignedIn) -> JSONResponse:
+    raise AuthError(400, "CHANGE_EMAIL_DISABLED", "Change email is disabled")
+
+
+@router.post("/sign-in/social")
+async def sign_in_social() -> JSONResponse:
+    raise AuthError(404, "PROVIDER_NOT_FOUND", "Provider not found")
+
+
+async def _check_password(served: Services, session: Session, password: str) -> None:
+    user: dict[str, Any] | None = await served.store.call(credentials.of_user, served.store.db, session.user_id)
+    if user is None or user["password"] is None:
+        raise AuthError(400, "CREDENTIAL_ACCOUNT_NOT_FOUND", "Credential account not found")
+    if not await served.auth.passwords.matches(user["password"], password):
+        raise invalid_password()
+
+
+def _reset_mail(served: Services, to: str, token: str, redirect_to: str | None) -> Mail:
+    address = origins.address_of(served.settings)
+    callback = quote(redirect_to or "/", safe="")
+    link = f"{address}{PREFIX}/reset-password/{token}?callbackURL={callback}"
+    return Mail(to, "Reset your password", RESET_TEXT.format(address=address, link=link))
+
+
+def _with_query(url: str, more: dict[str, str]) -> str:
+    parts = urlsplit(url)
+    return parts._replace(query=urlencode([*parse_qsl(parts.query, keep_blank_values=True), *more.items()])).geturl()
+
+
+async def _forget(served: Services, user_id: str) -> None:
+    for job in await served.store.call(served.store.jobs, user_id, None, 10_000):
+        if not job.is_final:
+            await served.dispatcher.cancel(job.id)
+    for name in await in_transaction(served, credentials.forget_user, user_id, served.clock()):
+        await served.store.call(served.files.delete, name)

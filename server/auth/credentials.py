@@ -1,0 +1,123 @@
+"""The rows of users who sign in with a password. Functions are part of their caller's transaction, or one statement."""
+
+import sqlite3
+from collections.abc import Mapping
+from typing import Any
+
+from sqlite_utils import Database
+
+from server import accounts
+from server.auth import session_rows
+from server.auth.errors import AuthError, invalid_token
+from server.auth.secret import hash_of, random_token
+from server.clock import iso
+
+PROVIDER = "credential"
+SELECT = (
+    "SELECT user.*, account.password FROM user LEFT JOIN account ON account.userId = user.id"
+    " AND account.providerId = 'credential' WHERE user.deletedAt IS NULL"
+)
+RESET_LIVES_S = 3600.0
+RESET_TOKEN_LENGTH = 24
+
+
+def sign_up(db: Database, name: str, email: str, image: str | None, password: str, now: float) -> str:
+    """Returns the new user's id; `password` is hashed. Raises AuthError where there is such a user."""
+    try:
+        user_id = accounts.create_user(db, name, email, now)
+    except sqlite3.IntegrityError:
+        text = "User already exists. Use another email."
+        raise AuthError(422, "USER_ALREADY_EXISTS_USE_ANOTHER_EMAIL", text) from None
+    db.execute("UPDATE user SET image = ? WHERE id = ?", [image, user_id])
+    set_password(db, user_id, password, now)
+    return user_id
+
+
+def find(db: Database, email: str) -> dict[str, Any] | None:
+    """The user's row, with the hashed `password` where they have one."""
+    return _first(db, "lower(user.email) = ?", email.lower())
+
+
+def of_user(db: Database, user_id: str) -> dict[str, Any] | None:
+    return _first(db, "user.id = ?", user_id)
+
+
+def set_password(db: Database, user_id: str, password: str, now: float) -> None:
+    """`password` is hashed. A user who had none can sign in with one from now on."""
+    db.execute(
+        "INSERT INTO account (id, accountId, providerId, userId, password, createdAt, updatedAt)"
+        " VALUES (:id, :user, :provider, :user, :password, :now, :now)"
+        " ON CONFLICT (userId, providerId) DO UPDATE SET password = :password, updatedAt = :now",
+        {"id": accounts.random_id(), "user": user_id, "provider": PROVIDER, "password": password, "now": iso(now)},
+    )
+
+
+def update_user(db: Database, user_id: str, changes: Mapping[str, str | None], now: float) -> None:
+    db.table("user").update(user_id, {**changes, "updatedAt": iso(now)})
+
+
+def accounts_of(db: Database, user_id: str) -> list[dict[str, Any]]:
+    """The ways in which the user may sign in."""
+    return list(db.query("SELECT * FROM account WHERE userId = ? ORDER BY createdAt", [user_id]))
+
+
+def open_reset(db: Database, user_id: str, now: float) -> str:
+    """Returns a token that opens one change of the password within the hour. It is stored hashed."""
+    token = random_token(RESET_TOKEN_LENGTH)
+    db.execute("DELETE FROM verification WHERE expiresAt <= ?", [iso(now)])
+    db.table("verification").insert(
+        {
+            "id": accounts.random_id(),
+            "identifier": _identifier(token),
+            "value": user_id,
+            "expiresAt": iso(now + RESET_LIVES_S),
+            "createdAt": iso(now),
+            "updatedAt": iso(now),
+        }
+    )
+    return token
+
+
+def is_reset_open(db: Database, token: str, now: float) -> bool:
+    rows = db.query("SELECT 1 FROM verification WHERE identifier = ? AND expiresAt > ?", [_identifier(token), iso(now)])
+    return next(iter(rows), None) is not None
+
+
+def reset_password(db: Database, token: str, password: str, now: float) -> None:
+    """Uses the token up, and ends every session: whoever resets a password may do so because somebody else knows it."""
+    rows = db.query(
+        "DELETE FROM verification WHERE identifier = ? AND expiresAt > ? RETURNING value",
+        [_identifier(token), iso(now)],
+    )
+    for row in list(rows):
+        set_password(db, row["value"], password, now)
+        db.execute("DELETE FROM verification WHERE value = ?", [row["value"]])
+        return session_rows.revoke_all(db, row["value"])
+    raise invalid_token()
+
+
+def forget_user(db: Database, user_id: str, now: float) -> list[str]:
+    """Everything about a person goes; returns the names of files to delete.
+
+    The bare row stays with the ledger and the jobs that the books need, and nobody can sign in to it.
+    """
+    for table, column in (("session", "userId"), ("account", "userId"), ("apikey", "referenceId")):
+        db.execute(f"DELETE FROM {table} WHERE {column} = ?", [user_id])  # noqa: S608 - the names are above
+    db.execute("DELETE FROM verification WHERE value = ?", [user_id])
+    db.execute(
+        "UPDATE user SET name = 'deleted', email = id || '@deleted.invalid', image = NULL, emailVerified = 0,"
+        " role = 'user', deletedAt = :now, updatedAt = :now WHERE id = :id",
+        {"id": user_id, "now": iso(now)},
+    )
+    db.execute(
+        "UPDATE job SET params = '{\"seed\": 0}' WHERE user_id = ? AND status NOT IN ('queued', 'running')", [user_id]
+    )
+    return [row["name"] for row in list(db.query("DELETE FROM file WHERE user_id = ? RETURNING name", [user_id]))]
+
+
+def _first(db: Database, where: str, value: str) -> dict[str, Any] | None:
+    return next(iter(db.query(f"{SELECT} AND {where}", [value])), None)
+
+
+def _identifier(token: str) -> str:
+    return f"reset-password:{hash_of(token)}"

@@ -1,0 +1,66 @@
+"""What stands before the routes of `/api/auth`: the count of attempts, the origin, the session, the fields' rules."""
+
+from typing import Annotated
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from server.api.common import Served
+from server.auth import bodies, origins, session_rows, sessions
+from server.auth.errors import AuthError, too_many, unauthorized
+from server.auth.passwords import LONGEST, SHORTEST, length_of
+from server.auth.session_rows import Session
+from server.auth.transaction import in_transaction
+from server.services import Services
+
+PREFIX = "/api/auth"
+SIGNING_IN = {"/sign-in/email", "/sign-up/email"}
+
+
+async def guard(request: Request, served: Served) -> None:
+    """Raises AuthError."""
+    path = request.url.path.removeprefix(PREFIX)
+    if served.settings.limit_sign_in:
+        address = request.client.host if request.client else ""
+        if wait_s := served.auth.attempts.wait_s(address, path, served.clock()):
+            raise too_many(wait_s)
+    pages = origins.for_pages(request, served.settings)
+    origins.check_auth_call(request, pages, signs_in=path in SIGNING_IN)
+
+
+async def signed_in(request: Request, served: Served) -> Session:
+    if session := await sessions.current(request, served):
+        return session
+    raise unauthorized()
+
+
+SignedIn = Annotated[Session, Depends(signed_in)]
+
+
+def check_email(email: str) -> None:
+    """For signing in: the owner's address is one that no mail could reach."""
+    if not bodies.is_email(email) and not bodies.LOCAL_EMAIL.fullmatch(email):
+        raise AuthError(400, "INVALID_EMAIL", "Invalid email")
+
+
+def check_new_password(password: str) -> None:
+    if length_of(password) < SHORTEST:
+        raise AuthError(400, "PASSWORD_TOO_SHORT", "Password too short")
+    if length_of(password) > LONGEST:
+        raise AuthError(400, "PASSWORD_TOO_LONG", "Password too long")
+
+
+def check_fields(body: dict[str, object]) -> None:
+    """What only an admin sets."""
+    for name in ("role", "banned", "banReason", "banExpires"):
+        if name in body:
+            raise AuthError(400, "FIELD_NOT_ALLOWED", f"{name} is not allowed to be set")
+
+
+async def open_session(request: Request, served: Services, user_id: str, *, remember: bool = True) -> str:
+    """A new session of a user who has just shown who they are; its cookie goes with the answer."""
+    client = sessions.client_of(request)
+    secret, now = served.auth.secret, served.clock()
+    token = await in_transaction(served, session_rows.open_session, secret, user_id, now, remember=remember, **client)
+    sessions.give(request, served, token, remember=remember)
+    return token
