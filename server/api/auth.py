@@ -26,6 +26,11 @@ SIGN_UP = {
     "rememberMe": "boolean?",
 }  # fmt: skip
 SIGN_IN = {"email": "string", "password": "string", "callbackURL": "string?", "rememberMe": "boolean?"}
+KEY_TEXTS = {
+    "INVALID_API_KEY": "Invalid API key.",
+    "KEY_DISABLED": "API Key is disabled",
+    "KEY_EXPIRED": "API Key has expired",
+}
 SAFE_IN_URLS = ":/?#[]@!$&'()*+,;=%"
 NOT_STORED = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
@@ -135,7 +140,7 @@ async def _session_of_key(served: Services, key: str) -> JSONResponse:
     try:
         caller = await served.store.call(accounts.authenticate, served.store.db, key, served.clock())
     except PlantainError as error:
-        raise AuthError(error.status, error.code, error.message, error.headers) from None
+        raise AuthError(error.status, error.code, KEY_TEXTS.get(error.code, error.message), error.headers) from None
     user = await served.store.call(accounts.user, served.store.db, caller.user_id)
     if session_rows.is_banned(user, served.clock()):
         raise banned()

@@ -135,7 +135,9 @@ async def send_verification_email() -> JSONResponse:
 
 
 @router.get("/verify-email")
-async def verify_email() -> JSONResponse:
+async def verify_email(request: Request) -> JSONResponse:
+    if "token" not in request.query_params:
+        raise invalid_body("[query.token] Invalid input: expected string, received undefined")
     raise AuthError(401, "INVALID_TOKEN", "Invalid token")
 
 
@@ -144,6 +146,7 @@ async def change_email(session: SignedIn) -> JSONResponse:
     raise AuthError(400, "CHANGE_EMAIL_DISABLED", "Change email is disabled")
 
 
+@router.post("/link-social")
 @router.post("/sign-in/social")
 async def sign_in_social() -> JSONResponse:
     raise AuthError(404, "PROVIDER_NOT_FOUND", "Provider not found")
