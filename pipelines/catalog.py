@@ -46,6 +46,15 @@ class Working:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """Counts that a video model makes: one and a multiple of `step`, up to `max`; at one of the rates `fps`."""
+
+    step: int
+    max: int
+    fps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Retired:
     """The day its maker ended it, and what they name in its place."""
 
@@ -79,7 +88,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Model:
-    """One table of `weights.toml`."""
+    """One table of `weights.toml`.
+
+    `sizes` are by aspect ratio, at the usual resolution; `resolutions` has them for each, where there is a choice.
+    `dtypes` are those of single components. A model with `variants` has no weights of its own: it stands for those
+    models, best first for each workflow.
+    """
 
     id: str
     name: str
@@ -94,16 +108,20 @@ class Model:
     aliases: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    resolutions: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
     size_multiple: int = 1
+    frames: Frames | None = None
     dtype: str = "float32"
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     working: Working = Working()
     weights: Source | None = None
+    variants: Mapping[str, tuple["Model", ...]] = field(default_factory=dict)
     remote: Mapping[str, str] = field(default_factory=dict)
     retired: Retired | None = None
 
     @property
     def runs_on(self) -> Literal["local", "fal", "both"]:
-        if self.weights is None:
+        if self.weights is None and not self.variants:
             return "fal"
         return "both" if self.remote else "local"
 

@@ -25,7 +25,7 @@ class Installed:
         self.root = root
         self.stamp: object = None
         self.lock = Lock()
-        self.components: dict[tuple[str, str], tuple[Component, ...]] = {}
+        self.components: dict[tuple[object, ...], tuple[Component, ...]] = {}
 
     def weights(self, model: Model) -> Weights | None:
         """None unless every file is there with its recorded size. Raises `UnusableWeights` for a broken file."""
@@ -34,12 +34,16 @@ class Installed:
         if entry is None or model.weights is None or not entry.intact(self.root):
             return None
         folder = entry.path(self.root)
-        if (model.id, model.dtype) not in self.components:
-            self.components[model.id, model.dtype] = tuple(find_components(folder, entry, model.dtype))
-        return Weights(model.id, model.family or "", folder, self.components[model.id, model.dtype])
+        loaded = (model.id, model.dtype, *sorted(model.dtypes.items()))
+        if loaded not in self.components:
+            self.components[loaded] = tuple(find_components(folder, entry, model))
+        return Weights(model.id, model.family or "", folder, self.components[loaded])
 
     def status(self, model: Model) -> Literal["installed", "missing", "none"]:
-        """`none`: there is nothing to install, the model runs at fal only."""
+        """`none`: there is nothing to install, the model runs at fal only. With variants, one of them is enough."""
+        if model.variants:
+            variants = [each for able in model.variants.values() for each in able]
+            return "installed" if any(self.weights(each) for each in variants) else "missing"
         if model.weights is None:
             return "none"
         return "installed" if self.weights(model) else "missing"
@@ -58,15 +62,19 @@ def stamp_of(path: Path) -> object:
     return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
-def find_components(folder: Path, entry: Entry, dtype: str) -> list[Component]:
+def find_components(folder: Path, entry: Entry, model: Model) -> list[Component]:
     """One for each folder with weights in it; what lies beside such folders is the same once more, in one file."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for name in sorted(entry.files):
         if name.endswith(WEIGHTS):
             by_folder[str(PurePosixPath(name).parent)].append(name)
     if list(by_folder) == ["."]:
-        return [component(folder, entry, name, [name], dtype) for name in by_folder["."][:1]]
-    return [component(folder, entry, part, names, dtype) for part, names in by_folder.items() if part != "."]
+        return [component(folder, entry, name, [name], model.dtype) for name in by_folder["."][:1]]
+    return [
+        component(folder, entry, part, names, model.dtypes.get(part, model.dtype))
+        for part, names in by_folder.items()
+        if part != "."
+    ]
 
 
 def component(folder: Path, entry: Entry, part: str, names: list[str], dtype: str) -> Component:

@@ -2,10 +2,23 @@
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from pipelines.catalog import Catalog, Credits, Dtype, Kind, Model, Retired, Source, SourceKind, Working, names_of
+from pipelines.catalog import (
+    Catalog,
+    Credits,
+    Dtype,
+    Frames,
+    Kind,
+    Model,
+    Retired,
+    Source,
+    SourceKind,
+    Working,
+    names_of,
+)
 from pipelines.endpoints import read_endpoints
 from pipelines.params import Workflow
 from pipelines.tables import CatalogError, Table, checked
@@ -16,8 +29,11 @@ TUNABLE: Mapping[str, type] = {
 }  # fmt: skip
 """What `defaults` may hold. A caller may set one of these exactly if the model's `defaults` has it."""
 
-FAMILY_KEYS = ("dtype", "size_multiple", "sizes", "working")
-"""What `[families.NAME]` may hold; a model's own table overrides it."""
+FAMILY_KEYS = ("defaults", "dtype", "dtypes", "frames", "size_multiple", "sizes", "working")
+"""What `[families.NAME]` may hold; a model's own table overrides it, `defaults` one by one."""
+
+Sizes = Mapping[str, tuple[int, int]]
+"""Width and height by aspect ratio."""
 
 SOURCE_KEYS: Mapping[str, tuple[list[str], list[str]]] = {
     "hf": (["repo"], ["revision", "files", "skip"]),
@@ -38,7 +54,11 @@ def read_catalog(path: Path) -> Catalog:
 
 def read_top(top: Table) -> Catalog:
     families = {name: read_family(table) for name, table in top.tables("families").items()}
-    models = {name: read_model(name, table, families) for name, table in top.tables("models").items()}
+    tables = top.tables("models")
+    variants = {name: table.mapping("variants", list) for name, table in tables.items()}
+    models = {name: read_model(name, table, families, bool(variants[name])) for name, table in tables.items()}
+    models |= {name: replace(models[name], variants=find_variants(name, table, models))
+               for name, table in variants.items() if table}  # fmt: skip
     catalog = Catalog(models, top.mapping("default_models", str), top.words("starter"), read_endpoints(top))
     top.done()
     names_of(models.values())
@@ -61,9 +81,13 @@ def read_family(table: Table) -> dict[str, Any]:
     return table.left
 
 
-def read_model(name: str, table: Table, families: Mapping[str, dict[str, Any]]) -> Model:
+def read_model(name: str, table: Table, families: Mapping[str, dict[str, Any]], has_variants: bool) -> Model:
     family = table.take("family", str, None)
-    table.left = {**families.get(family or "", {}), **table.left}
+    inherited = families.get(family or "", {})
+    table.left = {**inherited, **table.left}
+    usual = Table(f"{table.where}: defaults", inherited.get("defaults", {}))
+    defaults = {**read_defaults(usual), **read_defaults(table.table("defaults"))}
+    sizes, resolutions = read_all_sizes(table, defaults.get("resolution"))
     model = Model(
         id=name,
         name=table.take("name", str),
@@ -76,33 +100,50 @@ def read_model(name: str, table: Table, families: Mapping[str, dict[str, Any]]) 
         non_commercial=table.take("non_commercial", bool, False),
         gated=table.take("gated", bool, False),
         aliases=table.words("aliases"),
-        defaults=read_defaults(table.table("defaults")),
-        sizes=read_sizes(table),
+        defaults=defaults,
+        sizes=sizes,
+        resolutions=resolutions,
         size_multiple=table.take("size_multiple", int, 1),
+        frames=read_frames(table.table("frames")) if "frames" in table.left else None,
         dtype=table.among("dtype", table.take("dtype", str, "float32"), Dtype),
+        dtypes={part: table.among("dtypes", dtype, Dtype) for part, dtype in table.mapping("dtypes", str).items()},
         working=read_working(table.table("working")),
         weights=read_source(table.table("weights")) if "weights" in table.left else None,
         remote=table.mapping("remote", str),
         retired=read_retired(table.table("retired")) if "retired" in table.left else None,
     )
     table.done()
-    check_model(table.where, model)
+    check_model(table.where, model, has_variants)
     return model
 
 
-def check_model(where: str, model: Model) -> None:
+def find_variants(
+    name: str, variants: Mapping[str, list[str]], models: Mapping[str, Model]
+) -> dict[str, tuple[Model, ...]]:
+    """Raises `CatalogError` unless each is a model with weights that does the workflow as `name` does."""
+    for workflow, ids in variants.items():
+        for each in (name, *ids):
+            if each not in models or workflow not in models[each].workflows:
+                raise CatalogError(f"[models.{name}]: variants.{workflow}: {each} is no model that does {workflow}")
+            if (each == name) is (models[each].weights is not None):
+                raise CatalogError(f"[models.{name}]: variants.{workflow}: not {name} but its variants need weights")
+    return {workflow: tuple(models[each] for each in ids) for workflow, ids in variants.items()}
+
+
+def check_model(where: str, model: Model, has_variants: bool) -> None:
     if not model.workflows:
         raise CatalogError(f"{where}: workflows is empty")
-    if model.weights is None and not model.remote:
+    if model.weights is None and not model.remote and not has_variants:
         raise CatalogError(f"{where} runs nowhere: it has neither weights nor remote")
     if model.weights is not None and model.family is None:
         raise CatalogError(f"{where}: family is missing, and weights need one to be loaded")
     for workflow in model.remote:
         if workflow not in model.workflows:
             raise CatalogError(f"{where}: remote.{workflow} is not one of its workflows")
-    for ratio, size in model.sizes.items():
-        if any(side % model.size_multiple for side in size):
-            raise CatalogError(f"{where}: sizes.{ratio} is not a multiple of {model.size_multiple}")
+    for sizes in (model.sizes, *model.resolutions.values()):
+        for ratio, size in sizes.items():
+            if any(side % model.size_multiple for side in size):
+                raise CatalogError(f"{where}: sizes.{ratio} is not a multiple of {model.size_multiple}")
 
 
 def read_credits(table: Table) -> Credits:
@@ -128,13 +169,38 @@ def read_defaults(table: Table) -> Mapping[str, Any]:
     return {key: table.take(key, TUNABLE[key]) for key in list(table.left)}
 
 
-def read_sizes(table: Table) -> Mapping[str, tuple[int, int]]:
+def read_frames(table: Table) -> Frames:
+    rates = tuple(checked(rate, int, f"{table.where}: fps") for rate in table.take("fps", list))
+    read = Frames(table.take("step", int), table.take("max", int), rates)
+    table.done()
+    return read
+
+
+def read_all_sizes(table: Table, usual: str | None) -> tuple[Sizes, Mapping[str, Sizes]]:
+    """The usual sizes, and those of each resolution. `sizes` is by ratio, or by resolution and then by ratio.
+
+    `resolutions` names those of the family's that the model has; else it has all.
+    """
+    names, values = table.words("resolutions"), table.take("sizes", dict, {})
+    where = f"{table.where}: sizes"
+    if not any(isinstance(value, dict) for value in values.values()):
+        return read_sizes(where, values), {}
+    by_resolution = {name: read_sizes(f"{where}.{name}", checked(values[name], dict, where)) for name in values}
+    for name in (*names, *([usual] if usual else [])):
+        if name not in by_resolution:
+            raise CatalogError(f"{where} has no resolution {name}")
+    chosen = {name: by_resolution[name] for name in names or by_resolution}
+    return chosen[usual or next(iter(chosen))], chosen
+
+
+def read_sizes(where: str, values: Mapping[str, Any]) -> Sizes:
     sizes: dict[str, tuple[int, int]] = {}
-    for ratio, sides in table.mapping("sizes", list).items():
-        where = f"{table.where}: sizes.{ratio}"
+    for ratio, value in values.items():
+        sides = checked(value, list, f"{where}.{ratio}")
         if len(sides) != 2:
-            raise CatalogError(f"{where} must be [width, height]")
-        sizes[ratio] = (checked(sides[0], int, where), checked(sides[1], int, where))
+            raise CatalogError(f"{where}.{ratio} must be [width, height]")
+        width, height = (checked(side, int, f"{where}.{ratio}") for side in sides)
+        sizes[ratio] = (width, height)
     return sizes
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.catalog import Catalog, Credits, Model, Retired, UnknownModel, Working
+from pipelines.catalog import Catalog, Credits, Frames, Model, Retired, UnknownModel, Working
 from pipelines.tables import CatalogError
 
 PROMISED = [
@@ -123,8 +123,23 @@ def test_an_unknown_model_names_those_that_resemble_it(catalog: Catalog):
     assert caught.value.close[0] == "flux-schnell"
 
 
+def test_wan_stands_for_its_variants_best_first(catalog: Catalog):
+    wan = catalog.models["wan-2.1"]
+    assert [each.id for each in wan.variants["extend"]][:2] == ["wan-2.1-vace-14b", "wan-2.1-i2v-14b-480p"]
+    assert (wan.weights, wan.runs_on) == (None, "both")
+
+
+def test_a_video_model_has_sizes_by_resolution_and_the_defaults_of_its_family(catalog: Catalog):
+    large = catalog.models["wan-2.1-i2v-14b-720p"]
+    assert list(large.resolutions) == ["720p"]
+    assert large.sizes == large.resolutions["720p"]
+    assert (large.defaults["num_inference_steps"], large.defaults["guidance_scale"]) == (40, 5.0)
+    assert (large.frames, large.dtypes["vae"]) == (Frames(step=4, max=81, fps=(16,)), "float32")
+
+
 def test_those_that_can(catalog: Catalog):
-    assert {model.id for model in catalog.that_can("video", "extend")} == {"ltx-video", "veo-3.1"}
+    able = {model.id for model in catalog.that_can("video", "extend") if not model.id.startswith("wan-2.1-")}
+    assert able == {"ltx-video", "veo-3.1", "wan-2.1"}
     assert catalog.that_can("image", "extend") == []
 
 
@@ -143,6 +158,15 @@ def test_a_model_overrides_its_family(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
+        (ONE + "variants = { extend = ['one'] }", "[models.one]: variants.extend: one is no model that does extend"),
+        (
+            ONE + "variants = { text-to-image = ['one'] }",
+            "[models.one]: variants.text-to-image: not one but its variants need weights",
+        ),
+        (
+            ONE + 'sizes = { "480p" = { "1:1" = [64, 64] } }\ndefaults = { resolution = "720p" }',
+            "[models.one]: sizes has no resolution 720p",
+        ),
         (ONE + "licnce = 'MIT'", "[models.one]: licnce is not known; did you mean licence?"),
         (ONE.replace('licence = "MIT"', ""), "[models.one]: licence is missing"),
         (ONE.replace("base = 1", "base = '1'"), "[models.one]: credits: base must be a whole number, not '1'"),

@@ -33,6 +33,9 @@ def pull(
 ) -> Entry:
     """Installs `model` under `root`, unless it is there. Raises a `PullError` that says what to do."""
     source = model.weights
+    if model.variants:
+        names = dict.fromkeys(each.id for able in model.variants.values() for each in able)
+        raise NothingToPull(f"{model.id} stands for {', '.join(names)}: pull one of these.")
     if source is None:
         raise NothingToPull(f"{model.id} runs at fal only: there are no weights to pull.")
     if entry := installed(model, root):
