@@ -1,11 +1,12 @@
-"""Which job runs where, and what makes room for it. Pure: no clock, no I/O, no log."""
+"""Which job runs where, and when. Pure: no clock, no I/O, no log."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from server.placement import GIB, Device, Evict, after, best, evictions, refusal
 from server.vram import Need
 
-GIB = 2**30
+__all__ = ["Action", "Device", "Evict", "Refuse", "Start", "Waiting", "after", "plan", "reason", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -14,31 +15,6 @@ class Waiting:
 
     job_id: str
     need: Need
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device as the scheduler sees it. `resident` is (component key, bytes), least recently used first."""
-
-    id: str
-    budget_bytes: int
-    resident: tuple[tuple[str, int], ...] = ()
-    idle: bool = True
-
-    @property
-    def free_bytes(self) -> int:
-        return self.budget_bytes - sum(weights_bytes for _, weights_bytes in self.resident)
-
-    def missing_bytes(self, need: Need) -> int:
-        """Weights that would have to be loaded before the job could run."""
-        resident = {key for key, _ in self.resident}
-        return sum(weights_bytes for key, weights_bytes in need.components if key not in resident)
-
-
-@dataclass(frozen=True)
-class Evict:
-    device: str
-    key: str
 
 
 @dataclass(frozen=True)
@@ -73,26 +49,18 @@ def plan(waiting: Sequence[Waiting], devices: Sequence[Device]) -> list[Action]:
     """
     actions: list[Action] = []
     idle = {device.id: device for device in devices if device.idle}
-    largest_bytes = max((device.budget_bytes for device in devices), default=None)
+    largest_bytes = max((device.budget_bytes for device in devices), default=0)
     for job in waiting:
-        if not idle or largest_bytes is None:
+        if not idle:
             break
         need_bytes = job.need.total_bytes
         if need_bytes > largest_bytes:
             actions.append(Refuse(job.job_id, need_bytes, largest_bytes))
         elif need_bytes <= max(device.budget_bytes for device in idle.values()):
-            device = _best(job.need, idle.values())
-            actions += [*_evictions(job.need, device), Start(job.job_id, device.id)]
+            device = best(job.need, idle.values())
+            actions += [*evictions(job.need, device), Start(job.job_id, device.id)]
             del idle[device.id]
     return actions
-
-
-def refusal(need: Need, devices: Iterable[Device]) -> str | None:
-    """Why no device here could ever hold this, or None if one could."""
-    largest_bytes = max((device.budget_bytes for device in devices), default=0)
-    if need.total_bytes <= largest_bytes:
-        return None
-    return f"needs {need.total_bytes / GIB:.1f} GiB; the largest device here has {largest_bytes / GIB:.1f} GiB"
 
 
 def reason(need: Need, devices: Iterable[Device]) -> str:
@@ -104,27 +72,3 @@ def reason(need: Need, devices: Iterable[Device]) -> str:
         return "starts as soon as the jobs before it have"
     names = ", ".join(device.id for device in able)
     return f"needs {need.total_bytes / GIB:.1f} GiB; every device that can hold it is busy ({names})"
-
-
-def after(device: Device, need: Need, evicted: Iterable[str]) -> Device:
-    """The device once `evicted` are gone and the job's components are loaded, busy."""
-    gone = {*evicted} | need.keys
-    kept = tuple(entry for entry in device.resident if entry[0] not in gone)
-    return replace(device, resident=(*kept, *need.components), idle=False)
-
-
-def _best(need: Need, idle: Iterable[Device]) -> Device:
-    able = [device for device in idle if need.total_bytes <= device.budget_bytes]
-    return min(able, key=lambda device: (device.missing_bytes(need), -device.free_bytes))
-
-
-def _evictions(need: Need, device: Device) -> list[Evict]:
-    short_bytes = device.missing_bytes(need) + need.working_bytes - device.free_bytes
-    evictions = []
-    for key, weights_bytes in device.resident:
-        if short_bytes <= 0:
-            break
-        if key not in need.keys:
-            evictions.append(Evict(device.id, key))
-            short_bytes -= weights_bytes
-    return evictions

@@ -1,0 +1,74 @@
+"""The documentation says what is there: every setting, route, error code and model; and the README's lines run."""
+
+import os
+import re
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from fastapi.routing import APIRoute
+
+from pipelines.catalog import Catalog
+from server.api import account, files, health, images, jobs, models, videos
+from server.errors import PlantainError, _tree
+from server.settings import PROJECT, Settings, from_environment
+from tests.house import House
+
+README = (PROJECT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in (PROJECT / "docs").glob("*.md")}
+
+
+def test_every_setting_is_in_the_docs_and_can_be_set_by_the_environment():
+    for field in fields(Settings):
+        assert f"`PLANTAIN_{field.name.upper()}`" in DOCS["settings.md"], field.name
+
+
+def test_settings_are_read_from_the_environment():
+    found = from_environment({"PLANTAIN_PORT": "9000", "PLANTAIN_OFFLINE": "yes", "PLANTAIN_DATA": "/x", "OTHER": "1"})
+    assert found == {"port": 9000, "offline": True, "data": Path("/x")}
+    with pytest.raises(ValueError, match="neither true nor false"):
+        from_environment({"PLANTAIN_OFFLINE": "perhaps"})
+
+
+def test_every_route_is_in_the_docs():
+    for module in (account, files, health, images, jobs, models, videos):
+        for route in module.router.routes:
+            assert isinstance(route, APIRoute)
+            method = (route.methods - {"HEAD"} or {"GET"}).pop()
+            assert f"`{method} {route.path}`" in DOCS["api.md"], route.path
+
+
+def test_every_error_code_is_in_the_docs():
+    for error in _tree(PlantainError):
+        assert f"`{error.code}`" in DOCS["api.md"], error.code
+
+
+def test_every_model_is_in_the_readme():
+    for name in Catalog.load(PROJECT / "weights.toml").models:
+        assert f"`{name}`" in README, name
+
+
+def test_the_readme_shows_the_two_commands_first():
+    first = re.search(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert first and [line.split()[0] for line in first[1].splitlines()] == ["scripts/serve", "scripts/test"]
+    for script in ("serve", "test", "lint", "check", "bench", "pin"):
+        assert os.access(PROJECT / "scripts" / script, os.X_OK)
+
+
+def test_the_readmes_calls_work_as_they_stand(house: House):
+    """All of its `curl` lines, pasted into one shell, against a server with other weights under the same names."""
+    blocks = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "curl" in block]
+    assert len(blocks) == 4
+    script = "set -e\n" + "\necho\n".join(blocks).replace("export PLANTAIN_KEY=bnp_...", "")
+    script = script.replace("localhost:8000", str(house.client.base_url).removeprefix("http://").rstrip("/"))
+    script = script.replace(', \\"model\\": \\"realesr-animevideov3\\"', "")
+    environment = {**os.environ, "PLANTAIN_KEY": house.key}
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, cwd=PROJECT)
+    assert told.returncode == 0, told.stderr
+    answers = told.stdout.split()
+    assert [sorted(re.findall(r'"(\w+)":', answer)) for answer in answers] == [
+        ["imageUrl"],
+        ["height", "imageUrl", "width"],
+        ["imageUrl", "seed"],
+    ]
