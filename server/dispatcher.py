@@ -15,6 +15,8 @@ from server.devices import DeviceSpec
 from server.errors import DoesNotFit, InternalError, PlantainError, QueueFull, Unavailable
 from server.jobs import MAX_ATTEMPTS, Job, NewJob
 from server.outputs import Files
+from server.remote import errand
+from server.remote.desk import Desk
 from server.scheduler import Action, Evict, Refuse, Start, Waiting, plan
 from server.shelf import Runnable, Shelf
 from server.store import Store, error_of
@@ -78,7 +80,17 @@ class RespawnDue:
     device: str
 
 
-Message = Submitted | CancelAsked | WorkerSaid | RespawnDue
+@dataclass(frozen=True)
+class SubmittedRemote:
+    job: Job
+
+
+@dataclass(frozen=True)
+class DeskSaid:
+    said: errand.Said
+
+
+Message = Submitted | CancelAsked | WorkerSaid | RespawnDue | SubmittedRemote | DeskSaid
 
 
 class Dispatcher:
@@ -91,12 +103,16 @@ class Dispatcher:
         shelf: Shelf,
         devices: Sequence[DeviceSpec],
         *,
+        desk: Desk | None = None,
         max_queued: int = 10_000,
         spawn: Spawn = Supervisor,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store, self.files, self.shelf, self.clock = store, files, shelf, clock
         self.max_queued = max_queued
+        self.desk = desk
+        if desk:
+            desk.tell = self._desk_said
         self.inbox: asyncio.Queue[Message] = asyncio.Queue()
         self.queue: dict[str, Queued] = {}
         self.progress: dict[str, protocol.Progress] = {}
@@ -114,6 +130,8 @@ class Dispatcher:
         """Take up the queue where the last server left it, start the workers and the run loop."""
         for job in await self.store.call(self.store.recover, self.clock()):
             await self._take_up(job)
+        for job in await self.store.call(self.store.recover_remote, self.clock()):
+            await self._handle(SubmittedRemote(job))
         for worker in self.workers.values():
             worker.supervisor.start()
         self._loop = asyncio.create_task(self._run(), name="dispatcher")
@@ -121,6 +139,8 @@ class Dispatcher:
 
     async def stop(self) -> None:
         """End the workers; jobs that were running go on at the next start, at no cost of an attempt."""
+        if self.desk:
+            await self.desk.stop()  # while the loop still writes down what is on its way to fal
         if self._loop:
             self._loop.cancel()
         for worker in self.workers.values():
@@ -138,15 +158,21 @@ class Dispatcher:
             raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers={"Retry-After": "30"})
         return await asyncio.shield(self._accept(new, runnable))
 
+    async def submit_remote(self, new: NewJob) -> tuple[Job, int]:
+        """The same for a job that runs at fal, where it waits in fal's own queue."""
+        if self.desk and len(self.desk.tasks) + self.inbox.qsize() >= self.max_queued:
+            raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers={"Retry-After": "30"})
+        return await asyncio.shield(self._accept_remote(new))
+
     async def wait(self, job_id: str) -> Job:
         """The job once it has ended. Raises KeyError; Unavailable when the server stops first."""
         future = asyncio.get_running_loop().create_future()
         self.watchers[job_id].append(future)
-        job = await self.store.call(self.store.job, job_id)
-        if job.is_final:
-            self.watchers.pop(job_id, None)
-            return job
-        return await future
+        try:
+            job = await self.store.call(self.store.job, job_id)
+            return job if job.is_final else await future
+        finally:
+            self._leave(job_id, future)
 
     async def cancel(self, job_id: str) -> Job:
         """Stop a job: a queued one at once, a running one at its next step. Returns the job as it is then."""
@@ -195,6 +221,26 @@ class Dispatcher:
             case RespawnDue(device):
                 self.workers[device].status = "starting"
                 self.workers[device].supervisor.start()
+            case SubmittedRemote(job) if self.desk:
+                self.desk.start(job)
+            case DeskSaid(said):
+                await self._hear_desk(said)
+
+    async def _hear_desk(self, said: errand.Said) -> None:
+        match said:
+            case errand.HandingOver(job_id, written):
+                _answer(written, await self._write(self.store.start_remote, job_id, self.clock()))
+            case errand.HandedOver(job_id, request_id, kept):
+                await self._write(self.store.keep_request_id, job_id, request_id)
+                _answer(kept, None)
+            case protocol.Progress(job_id):
+                self.progress[job_id] = said
+            case errand.Finished(job_id, made):
+                self._done(await self._write(self.store.succeed, job_id, made.output, self.clock(), made.name))
+            case protocol.Cancelled(job_id):
+                self._done(await self._write(self.store.cancel, job_id, self.clock()))
+            case errand.Broken(job_id, error):
+                self._done(await self._write(self.store.fail, job_id, error_of(error), self.clock()))
 
     async def _hear(self, worker: Worker, event: protocol.Event) -> None:
         match event:
@@ -247,6 +293,8 @@ class Dispatcher:
     async def _cancel(self, job_id: str) -> None:
         if self.queue.pop(job_id, None):
             self._done(await self._write(self.store.cancel, job_id, self.clock()))
+        if self.desk:
+            self.desk.cancel(job_id)
         for worker in self.workers.values():
             if worker.runs and worker.runs.job_id == job_id:
                 worker.supervisor.send(protocol.Cancel(job_id))
@@ -306,6 +354,11 @@ class Dispatcher:
         self.inbox.put_nowait(Submitted(Queued(job.id, runnable.need, job, runnable.weights)))
         return job, balance
 
+    async def _accept_remote(self, new: NewJob) -> tuple[Job, int]:
+        job, balance = await self.store.call(self.store.insert, new, self.clock())
+        self.inbox.put_nowait(SubmittedRemote(job))
+        return job, balance
+
     async def _take_up(self, job: Job) -> None:
         try:
             runnable = self.shelf.runnable(job.model, job.pixels)
@@ -335,8 +388,24 @@ class Dispatcher:
             for job_id in list(self.watchers):
                 self._tell(job_id, InternalError("The server is in trouble; its log says why."))
 
+    def _leave(self, job_id: str, future: asyncio.Future[Job]) -> None:
+        """Whoever waits no more, be it that their patience ended; the others of the job wait on."""
+        if future in self.watchers.get(job_id, ()):
+            self.watchers[job_id].remove(future)
+            if not self.watchers[job_id]:
+                del self.watchers[job_id]
+
     def _forget_resident(self, worker: Worker, keys: set[str] | frozenset[str]) -> None:
         worker.resident = tuple(entry for entry in worker.resident if entry[0] not in keys)
 
     def _worker_said(self, device: str, event: protocol.Event) -> None:
         self.inbox.put_nowait(WorkerSaid(device, event))
+
+    def _desk_said(self, said: errand.Said) -> None:
+        self.inbox.put_nowait(DeskSaid(said))
+
+
+def _answer(future: asyncio.Future[T], result: T) -> None:
+    """Whoever asked may have been stopped meanwhile."""
+    if not future.done():
+        future.set_result(result)

@@ -1,22 +1,27 @@
 """A request's way to a job: choose the model and workflow, store the inputs, complete the params, charge and queue."""
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pipelines.catalog import Model
 from pipelines.params import Body
 from server.accounts import Caller
+from server.clips import Clips, StoredClip
 from server.dispatcher import Dispatcher
-from server.errors import InvalidBody
+from server.errors import DoesNotFit, InvalidBody
 from server.jobs import Claim, Job, NewJob
 from server.media import Media, StoredImage
 from server.outputs import Files
 from server.prices import price_of
+from server.remote import mapping
+from server.remote.desk import Desk
+from server.remote.routes import Route, choose, may_overflow, read_route
 from server.requests import input_urls, resolve, workflow_of
 from server.shelf import Shelf
 
-SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "mp4": ".mp4"}
 
 
 @dataclass(frozen=True)
@@ -28,59 +33,130 @@ class Accepted:
     ignored: frozenset[str]
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is asked for, by whom."""
+
+    caller: Caller
+    model: Model
+    workflow: str
+    body: Body
+    claim: Claim | None
+
+
+@dataclass
+class Inputs:
+    """The files that a request names, as far as they are stored."""
+
+    images: list[StoredImage] = field(default_factory=list)
+    video: StoredClip | None = None
+    audio: StoredClip | None = None
+
+    @property
+    def fresh_names(self) -> tuple[str, ...]:
+        """Those that were stored for this request."""
+        stored: list[StoredImage | StoredClip | None] = [*self.images, self.video, self.audio]
+        return tuple(each.name for each in stored if each and each.fresh)
+
+    def for_fal(self) -> mapping.Inputs:
+        return mapping.Inputs(
+            images=tuple(image.name for image in self.images),
+            video=self.video.name if self.video else None,
+            audio=self.audio.name if self.audio else None,
+            seconds=self.video.duration_s if self.video else None,
+        )
+
+
 class Intake:
     """Nothing is charged, and nothing stays on disk, of a request that is refused."""
 
-    def __init__(self, shelf: Shelf, media: Media, files: Files, dispatcher: Dispatcher) -> None:
-        self.shelf, self.media, self.files, self.dispatcher = shelf, media, files, dispatcher
+    def __init__(
+        self, shelf: Shelf, media: Media, clips: Clips, files: Files, dispatcher: Dispatcher, desk: Desk, route: Route
+    ) -> None:
+        self.shelf, self.media, self.clips, self.files = shelf, media, clips, files
+        self.dispatcher, self.desk, self.route = dispatcher, desk, route
 
     async def accept(
-        self, caller: Caller, kind: str, body: Body, own_bases: Sequence[str], claim: Claim | None = None
+        self,
+        caller: Caller,
+        kind: str,
+        body: Body,
+        own_bases: Sequence[str],
+        claim: Claim | None = None,
+        route: str | None = None,
     ) -> Accepted:
         """Raises what the caller or the operator has to mend, see `server.errors`; and KeyTaken for a claim's key."""
         model = self._model(kind, body)
-        workflow = workflow_of(model, body, self.shelf.catalog)
-        self.shelf.weights(model)
-        images: list[StoredImage] = []
+        order = Order(caller, model, workflow_of(model, body, self.shelf.catalog), body, claim)
+        chosen = read_route(route, self.route)
+        place = choose(model, order.workflow, chosen, self.shelf, self.desk)
+        inputs = Inputs()
         try:
-            for url in input_urls(body):
-                images.append(await self.media.image(url, own_bases))
-            return await self._submit(caller, model, workflow, body, images, claim)
+            await self._store(body, own_bases, inputs)
+            if place == "fal":
+                return await self._submit_remote(order, inputs)
+            try:
+                return await self._submit(order, inputs)
+            except DoesNotFit:
+                if not may_overflow(model, order.workflow, chosen, self.desk):
+                    raise
+                return await self._submit_remote(order, inputs)
         except BaseException:
-            self._discard(images)
+            self._discard(inputs)
             raise
 
-    async def _submit(
-        self,
-        caller: Caller,
-        model: Model,
-        workflow: str,
-        body: Body,
-        images: Sequence[StoredImage],
-        claim: Claim | None,
-    ) -> Accepted:
-        resolved = resolve(model, workflow, body, images)
+    async def _store(self, body: Body, own_bases: Sequence[str], inputs: Inputs) -> None:
+        for url in input_urls(body):
+            inputs.images.append(await self.media.image(url, own_bases))
+        given = body.given
+        if "video_url" in given:
+            inputs.video = await self.clips.take("video", given["video_url"], own_bases)
+        if "audio_url" in given:
+            inputs.audio = await self.clips.take("audio", given["audio_url"], own_bases)
+
+    async def _submit(self, order: Order, inputs: Inputs) -> Accepted:
+        resolved = resolve(order.model, order.workflow, order.body, inputs.images)
         params = resolved.params.model_dump(mode="json", by_alias=True)
-        new = NewJob(
-            id=f"job_{secrets.token_hex(12)}",
-            user_id=caller.user_id,
-            key_id=caller.key_id,
-            kind=model.kind,
-            model=model.id,
-            workflow=workflow,
-            params=params,
+        new = replace(
+            self._job(order, inputs, params, resolved.ignored, SUFFIXES[params.get("outputFormat", "png")]),
             pixels=resolved.pixels,
-            output_name=self.files.new_name(SUFFIXES[params.get("outputFormat", "png")]),
-            credits=price_of(model, params),
-            input_names=tuple(image.name for image in images if image.fresh),
-            at_once=caller.plan.jobs_at_once,
-            tops_up=caller.is_local,
-            claim=claim,
-            ignored=tuple(resolved.ignored),
+            credits=price_of(order.model, params),
         )
-        runnable = self.shelf.runnable(model.id, resolved.pixels)
+        runnable = self.shelf.runnable(order.model.id, resolved.pixels)
         job, balance = await self.dispatcher.submit(new, runnable)
         return Accepted(job, balance, resolved.ignored)
+
+    async def _submit_remote(self, order: Order, inputs: Inputs) -> Accepted:
+        """The output's suffix is a guess, put right when the output is there."""
+        call = mapping.resolve(self.shelf.catalog, order.model, order.workflow, order.body, inputs.for_fal())
+        new = replace(
+            self._job(order, inputs, call.params, call.ignored, ".mp4" if order.model.kind == "video" else ".png"),
+            credits=price_of(order.model, {**call.params, "duration": call.seconds}),
+            remote_endpoint=call.endpoint.id,
+        )
+        job, balance = await self.dispatcher.submit_remote(new)
+        return Accepted(job, balance, call.ignored)
+
+    def _job(
+        self, order: Order, inputs: Inputs, params: Mapping[str, Any], ignored: frozenset[str], suffix: str
+    ) -> NewJob:
+        return NewJob(
+            id=f"job_{secrets.token_hex(12)}",
+            user_id=order.caller.user_id,
+            key_id=order.caller.key_id,
+            kind=order.model.kind,
+            model=order.model.id,
+            workflow=order.workflow,
+            params=params,
+            pixels=0,
+            output_name=self.files.new_name(suffix),
+            credits=0,
+            input_names=inputs.fresh_names,
+            at_once=order.caller.plan.jobs_at_once,
+            tops_up=order.caller.is_local,
+            claim=order.claim,
+            ignored=tuple(ignored),
+        )
 
     def _model(self, kind: str, body: Body) -> Model:
         name = body.given.get("model") or self.shelf.catalog.default_models[kind]
@@ -90,7 +166,6 @@ class Intake:
             raise InvalidBody(f"model: {issue['message']}", issues=[issue])
         return model
 
-    def _discard(self, images: Sequence[StoredImage]) -> None:
-        for image in images:
-            if image.fresh:
-                self.files.delete(image.name)
+    def _discard(self, inputs: Inputs) -> None:
+        for name in inputs.fresh_names:
+            self.files.delete(name)

@@ -42,6 +42,7 @@ class NewJob:
     tops_up: bool = False
     claim: Claim | None = None
     ignored: tuple[str, ...] = ()
+    remote_endpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Job:
     finished_at: float | None
     output: Mapping[str, Any] | None
     error: Mapping[str, Any] | None
+    remote_endpoint: str | None = None
+    remote_request_id: str | None = None
 
     @property
     def is_final(self) -> bool:

@@ -197,3 +197,10 @@ CREATE TABLE audit (
 CREATE INDEX job_unfinished_by_user ON job(user_id) WHERE status IN ('queued', 'running');
 CREATE INDEX job_by_day ON job(created_at)
 """
+
+
+@migrations(name="0004_remote")
+def remote(db: Database) -> None:
+    """Where at fal a job runs, and the id it has there."""
+    db.execute("ALTER TABLE job ADD COLUMN remote_endpoint TEXT")
+    db.execute("ALTER TABLE job ADD COLUMN remote_request_id TEXT")

@@ -6,13 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic.alias_generators import to_camel
+
 from pipelines.catalog import Catalog, Model
-from pipelines.params import MAX_SEED, PARAMS, Body, ImageToImage, Params, TextToImage
+from pipelines.params import MAX_SEED, PARAMS, Body, Params, TextToImage
 from server.errors import InvalidBody, UnsupportedAspectRatio, UnsupportedWorkflow
 from server.media import StoredImage
 
 TUNABLES = frozenset({"num_inference_steps", "guidance_scale", "strength", "negative_prompt"})
 """Fields that a model takes exactly if `weights.toml` gives it a default for them."""
+
+IMAGE = {"image_url": "an image"}
+NEEDS: Mapping[str, Mapping[str, str]] = {
+    "image-to-image": IMAGE, "style-transfer": IMAGE, "image-to-video": IMAGE, "reference-to-video": IMAGE,
+    "extend": {"video_url": "a video"}, "lip-sync": {"video_url": "a video", "audio_url": "a voice"},
+}  # fmt: skip
+"""The input files that a workflow cannot do without. A reference may also be a video."""
 
 NARROWEST, WIDEST = 1 / 4, 4 / 1
 """Width over height of what is generated from an input image of any shape."""
@@ -46,9 +55,7 @@ def workflow_of(model: Model, body: Body, catalog: Catalog) -> str:
             workflows=list(model.workflows),
             models=can,
         )
-    if PARAMS.get(asked) is ImageToImage and not input_urls(body):
-        missing = {"path": "imageUrl", "message": f"{asked} needs an image"}
-        raise InvalidBody(f"imageUrl: {missing['message']}", issues=[missing])
+    _check_inputs(asked, body)
     return asked
 
 
@@ -89,6 +96,15 @@ def ignored(body: Body, taken: Mapping[str, Any]) -> frozenset[str]:
     fields = type(body).model_fields
     unused = {fields[name].alias or name for name in body.given if name not in used}
     return body.unknown | unused
+
+
+def _check_inputs(workflow: str, body: Body) -> None:
+    """Raises InvalidBody for a workflow that lacks what it works on."""
+    given = {*body.given} | ({"image_url"} if input_urls(body) else set())
+    for field, noun in NEEDS.get(workflow, {}).items():
+        if field not in given and not (workflow == "reference-to-video" and "video_url" in given):
+            missing = {"path": to_camel(field), "message": f"{workflow} needs {noun}"}
+            raise InvalidBody(f"{missing['path']}: {missing['message']}", issues=[missing])
 
 
 def _implied(kind: str, body: Body) -> str:

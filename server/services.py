@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pipelines.catalog import Catalog
 from pipelines.installed import Installed
 from server import accounts, open_mode
+from server.addresses import Guard
 from server.auth import parts
 from server.auth.parts import Auth
+from server.clips import Clips
 from server.devices import DeviceSpec, inventory
 from server.dispatcher import Dispatcher
 from server.gate import Gate
@@ -17,6 +19,8 @@ from server.media import Media
 from server.outputs import Files
 from server.plans import Plans
 from server.prices import FalPrice, fal_prices
+from server.remote import parts as remote
+from server.remote.errand import Timing
 from server.settings import Settings
 from server.shelf import Shelf
 from server.store import Store
@@ -55,7 +59,12 @@ class Services:
         self.store.close()
 
 
-def make(settings: Settings, devices: list[DeviceSpec] | None = None, clock: Clock = time.time) -> Services:
+def make(
+    settings: Settings,
+    devices: list[DeviceSpec] | None = None,
+    clock: Clock = time.time,
+    timing: Timing | None = None,
+) -> Services:
     """Opens the database and the folders; starts nothing yet."""
     open_mode.check_settings(settings)
     plans = Plans.load(settings.plans_toml)
@@ -66,8 +75,10 @@ def make(settings: Settings, devices: list[DeviceSpec] | None = None, clock: Clo
     shelf = Shelf(Catalog.load(settings.weights_toml), Installed(settings.weights))
     media = Media(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
     devices = inventory(settings.budget_bytes) if devices is None else devices
-    dispatcher = Dispatcher(store, files, shelf, devices, max_queued=settings.max_queued, clock=clock)
-    intake = Intake(shelf, media, files, dispatcher)
+    desk = remote.make(settings, shelf.catalog, files, clock, timing)
+    dispatcher = Dispatcher(store, files, shelf, devices, desk=desk, max_queued=settings.max_queued, clock=clock)
+    clips = Clips(files, Guard(settings.allowed_networks), offline=settings.offline)
+    intake = Intake(shelf, media, clips, files, dispatcher, desk, settings.route)
     return Services(
         settings=settings,
         store=store,

@@ -5,10 +5,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Route = Literal["local-only", "prefer-local", "remote-only"]
 
 
 class SettingsError(ValueError):
@@ -39,6 +41,18 @@ class Settings:
     """For one person on their own machine: no key is needed, nothing is refused for want of credits or by a plan."""
     open_to_the_network: bool = False
     """Let `open` listen on an address that others can reach: they may do everything."""
+    fal_key: str | None = field(default=None, repr=False)
+    """The key of your account at fal.ai, for models that do not run here; also read from `FAL_KEY`."""
+    fal_queue_url: str = "https://queue.fal.run"
+    """Where fal's queue is. Another address is a mirror, or a test."""
+    fal_rest_url: str = "https://rest.fal.ai"
+    """Where fal takes input files."""
+    route: Route = "prefer-local"
+    """Where jobs run: `prefer-local`, `remote-only` or `local-only`; the last one callers cannot override."""
+    pass_through_urls: bool = False
+    """Answer fal's own URL for an output of fal's. It is kept here all the same."""
+    remote_deadline_s: float = 1800.0
+    """How long a job may take at fal before it is given up and refunded."""
     trusted_origins: tuple[str, ...] = ()
     """Other sites, `https://studio.example` or `https://*.example.com`, whose pages may use people's sessions."""
     smtp_url: str | None = None
@@ -84,12 +98,19 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, o
         "allowed_networks": _networks,
         "open": _boolean,
         "open_to_the_network": _boolean,
+        "fal_key": str,
+        "fal_queue_url": str,
+        "fal_rest_url": str,
+        "route": _route,
+        "pass_through_urls": _boolean,
+        "remote_deadline_s": float,
         "trusted_origins": _words,
         "smtp_url": str,
         "mail_from": str,
         "limit_sign_in": _boolean,
     }
     found = {name: environment.get(f"PLANTAIN_{name.upper()}") for name in readers}
+    found["fal_key"] = found["fal_key"] or environment.get("FAL_KEY")
     return {name: readers[name](text) for name, text in found.items() if text}
 
 
@@ -97,6 +118,12 @@ def _boolean(text: str) -> bool:
     if text.lower() not in {"1", "0", "true", "false", "yes", "no"}:
         raise ValueError(f"{text!r} is neither true nor false")
     return text.lower() in {"1", "true", "yes"}
+
+
+def _route(text: str) -> Route:
+    if text not in get_args(Route):
+        raise ValueError(f"{text!r} is none of {', '.join(get_args(Route))}")
+    return cast(Route, text)
 
 
 def _networks(text: str) -> tuple[Network, ...]:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,10 @@ T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 5.0
 INTERRUPTED = {"error": "The worker died twice while running this job.", "code": "GENERATION_FAILED"}
+LOST_ON_THE_WAY = {
+    "error": "The server died while it handed this job to fal.ai. It is not known to have arrived, and not sent twice.",
+    "code": "REMOTE_SUBMIT_UNKNOWN",
+}
 
 
 class Store:
@@ -76,6 +80,8 @@ class Store:
             "output_name": new.output_name,
             "credits": new.credits,
             "created_at": now,
+            "served_by": "fal" if new.remote_endpoint else None,
+            "remote_endpoint": new.remote_endpoint,
         }
         with self.atomic() as db:
             idempotency.claim(db, new, now)
@@ -96,13 +102,37 @@ class Store:
             {"id": job_id, "device": device, "now": now},
         )
 
-    def succeed(self, job_id: str, output: dict[str, Any], now: float) -> Job | None:
-        """Running → succeeded, and its output file is known from now on. None if it runs no more."""
+    def start_remote(self, job_id: str, now: float) -> Job | None:
+        """Queued → running, before the request is sent to fal. None if it is queued no more."""
+        return self._changed(
+            "UPDATE job SET status = 'running', started_at = :now, attempts = attempts + 1"
+            " WHERE id = :id AND status = 'queued' RETURNING *",
+            {"id": job_id, "now": now},
+        )
+
+    def keep_request_id(self, job_id: str, request_id: str) -> None:
+        """By which fal knows the job; it is followed only once this is written."""
+        with self.atomic() as db:
+            db.execute("UPDATE job SET remote_request_id = ? WHERE id = ?", [request_id, job_id])
+
+    def recover_remote(self, now: float) -> list[Job]:
+        """At start, after `recover`: the jobs at fal, and those on their way. One that died in between is failed."""
+        lost = "SELECT id FROM job WHERE status = 'running' AND served_by = 'fal' AND remote_request_id IS NULL"
+        for row in list(self.db.query(lost)):
+            self.fail(row["id"], LOST_ON_THE_WAY, now)
+        going_on = "SELECT * FROM job WHERE status IN ('queued', 'running') AND served_by = 'fal' ORDER BY seq"
+        return [_job(row) for row in self.db.query(going_on)]
+
+    def succeed(self, job_id: str, output: Mapping[str, Any], now: float, name: str | None = None) -> Job | None:
+        """Running → succeeded, and its output file is known from now on. None if it runs no more.
+
+        `name` is the output's, where it was known only at the end.
+        """
         with self.atomic():
             job = self._changed(
-                "UPDATE job SET status = 'succeeded', finished_at = :now, output = :output"
-                " WHERE id = :id AND status = 'running' RETURNING *",
-                {"id": job_id, "now": now, "output": json.dumps(output)},
+                "UPDATE job SET status = 'succeeded', finished_at = :now, output = :output,"
+                " output_name = coalesce(:name, output_name) WHERE id = :id AND status = 'running' RETURNING *",
+                {"id": job_id, "now": now, "output": json.dumps(output), "name": name},
             )
             if job:
                 self._add_file(job.output_name, job.user_id, "output", job.id, now)
@@ -129,9 +159,11 @@ class Store:
 
     def recover(self, now: float) -> list[Job]:
         """At start: what a dead server left running is queued again or failed. Returns the queue, oldest first."""
-        for row in list(self.db.query("SELECT id FROM job WHERE status = 'running'")):
+        running = "SELECT id FROM job WHERE status = 'running' AND served_by IS NOT 'fal'"
+        for row in list(self.db.query(running)):
             self.requeue(row["id"], now)
-        return [_job(row) for row in self.db.query("SELECT * FROM job WHERE status = 'queued' ORDER BY seq")]
+        queued = "SELECT * FROM job WHERE status = 'queued' AND served_by IS NOT 'fal' ORDER BY seq"
+        return [_job(row) for row in self.db.query(queued)]
 
     def job(self, job_id: str) -> Job:
         """Raises KeyError."""
@@ -180,7 +212,7 @@ class Store:
 
 def error_of(error: PlantainError) -> dict[str, Any]:
     """What a failed job's row keeps of an error."""
-    return {"error": error.message, "code": error.code}
+    return {"error": error.message, "code": error.code, **error.extra}
 
 
 def _job(row: dict[str, Any]) -> Job:

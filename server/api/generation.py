@@ -11,7 +11,7 @@ from server.accounts import Caller
 from server.api.entrance import read_books
 from server.api.jobs import job_json, output_json
 from server.api.once import accept_once
-from server.errors import GenerationFailed, JobWasCancelled, PlantainError, from_code
+from server.errors import ConcurrencyLimit, GenerationFailed, JobWasCancelled, PlantainError, from_code
 from server.intake import Accepted
 from server.jobs import Job
 from server.services import Services
@@ -24,7 +24,11 @@ async def answer(
 ) -> JSONResponse:
     """Run one request to its documented answer. What it raises becomes the error envelope."""
     own_bases = (base_url, str(request.base_url).rstrip("/"))
-    accepted = await accept_once(request, served, caller, kind, body, own_bases)
+    try:
+        accepted = await accept_once(request, served, caller, kind, body, own_bases)
+    except ConcurrencyLimit:
+        await read_books(request, served, caller.user_id)
+        raise
     respond_async, wait_s = preferences(request.headers.get("prefer", ""))
     try:
         async with asyncio.timeout(wait_s if respond_async else None):
@@ -77,4 +81,6 @@ def _failure(job: Job, balance: int) -> PlantainError:
     error = job.error or {}
     cls = from_code(error.get("code", ""), JobWasCancelled if job.status == "cancelled" else GenerationFailed)
     headers = {"X-Job-Id": job.id, "X-Credits-Charged": "0", "X-Credits-Remaining": str(balance)}
-    return cls(error.get("error", cls.title), headers=headers, refunded=job.credits, balance=balance, jobId=job.id)
+    extra = {name: value for name, value in error.items() if name not in ("error", "code")}
+    extra |= {"refunded": job.credits, "balance": balance, "jobId": job.id}
+    return cls(error.get("error", cls.title), headers=headers, **extra)

@@ -15,6 +15,10 @@ from server.services import Services
 
 router = APIRouter()
 
+FILES = frozenset({"image", "images", "video", "audio"})
+NO_SEED = 0
+"""The answer's seed where the model at fal takes none and tells none."""
+
 
 @router.get("/api/jobs")
 async def list_jobs(
@@ -80,10 +84,10 @@ def job_json(served: Services, job: Job, base_url: str) -> dict[str, Any]:
 def output_json(served: Services, job: Job, base_url: str) -> dict[str, Any]:
     """The documented answer of the job's route: these keys and no others."""
     output = job.output or {}
-    url = served.files.url(job.output_name, base_url)
+    url = output.get("url") or served.files.url(job.output_name, base_url)
     match job.kind:
         case "image":
-            return {"imageUrl": url, "seed": job.params["seed"]}
+            return {"imageUrl": url, "seed": output.get("seed", job.params.get("seed", NO_SEED))}
         case "upscale":
             return {"imageUrl": url, "width": output["width"], "height": output["height"]}
         case "video":
@@ -108,7 +112,8 @@ def _queue(served: Services, job: Job) -> dict[str, Any] | None:
 
 def _params(served: Services, params: Mapping[str, Any], base_url: str) -> dict[str, Any]:
     """With the input files as URLs under the names that callers send them by."""
-    shown = {name: value for name, value in params.items() if name not in {"image", "images"}}
+    shown = {name: value for name, value in params.items() if name not in FILES}
+    shown |= {f"{name}Url": served.files.url(params[name], base_url) for name in ("video", "audio") if params.get(name)}
     names = [params["image"]] if "image" in params else params.get("images", [])
     urls = [served.files.url(name, base_url) for name in names]
     if len(urls) == 1:

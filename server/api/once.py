@@ -23,17 +23,17 @@ async def accept_once(
 
     A key that another call takes in the meantime stands for that call's job from then on: charged is only one.
     """
-    claim = await _claim_of(request, body)
+    claim, route = await _claim_of(request, body), request.headers.get("x-route")
     while claim:
         found, claim = await served.store.call(_look_up, served.store, caller.user_id, claim, served.clock())
         if found:
             set_header(request, "Idempotent-Replayed", "true")
             return found
         try:
-            return await served.intake.accept(caller, kind, body, own_bases, claim)
+            return await served.intake.accept(caller, kind, body, own_bases, claim, route)
         except idempotency.KeyTaken:
             continue
-    return await served.intake.accept(caller, kind, body, own_bases)
+    return await served.intake.accept(caller, kind, body, own_bases, route=route)
 
 
 async def _claim_of(request: Request, body: Body) -> Claim | None:

@@ -1,0 +1,71 @@
+"""Whether a call runs here or at fal."""
+
+from typing import Literal, cast, get_args
+
+from pipelines.catalog import Model
+from pipelines.params import PARAMS
+from server.errors import InvalidBody, PlantainError, RemoteUnavailable, UnsupportedWorkflow
+from server.remote.desk import Desk
+from server.settings import Route
+from server.shelf import Shelf
+
+Place = Literal["local", "fal"]
+
+
+def read_route(header: str | None, setting: Route) -> Route:
+    """What the caller asks for in `X-Route`, within what the operator allows: `local-only` is a wall.
+
+    Raises InvalidBody for a word that is none, RemoteUnavailable for a way out that is closed.
+    """
+    asked = (header or setting).strip().lower()
+    if asked not in get_args(Route):
+        message = f"{header!r} is none of {', '.join(get_args(Route))}"
+        raise InvalidBody(f"X-Route: {message}", issues=[{"path": "X-Route", "message": message}])
+    if setting == "local-only" and asked == "remote-only":
+        raise RemoteUnavailable("This server runs everything itself and sends nothing to fal.ai.")
+    return setting if setting == "local-only" else cast(Route, asked)
+
+
+def choose(model: Model, workflow: str, route: Route, shelf: Shelf, desk: Desk) -> Place:
+    """Where to run it; whatever stands against that place is raised.
+
+    1. `remote-only`: at fal.
+    2. `local-only`: here.
+    3. `prefer-local`: here if it is installed; else at fal, if there is an endpoint and a key. Without them the error
+       says how to have it here, or, for what runs nowhere else, why fal is out of reach.
+    """
+    if route == "remote-only":
+        return _at_fal(model, workflow, desk)
+    trouble = why_not_here(model, workflow, shelf)
+    if trouble is None:
+        return "local"
+    if route == "prefer-local" and workflow in model.remote and (desk.connected or not could_run_here(model, workflow)):
+        return _at_fal(model, workflow, desk)
+    raise trouble
+
+
+def may_overflow(model: Model, workflow: str, route: Route, desk: Desk) -> bool:
+    """Whether a job that no device here could ever hold goes to fal."""
+    return route == "prefer-local" and workflow in model.remote and desk.connected
+
+
+def could_run_here(model: Model, workflow: str) -> bool:
+    """With its weights installed."""
+    return model.weights is not None and workflow in PARAMS
+
+
+def why_not_here(model: Model, workflow: str, shelf: Shelf) -> PlantainError | None:
+    if model.weights is not None and workflow not in PARAMS:
+        return UnsupportedWorkflow(f"{workflow} does not run on this server, only at fal.ai.", workflow=workflow)
+    try:
+        shelf.weights(model)
+    except PlantainError as error:
+        return error
+    return None
+
+
+def _at_fal(model: Model, workflow: str, desk: Desk) -> Place:
+    if workflow not in model.remote:
+        raise UnsupportedWorkflow(f"fal.ai has no endpoint for {workflow} by {model.name}.", workflow=workflow)
+    desk.check()
+    return "fal"
