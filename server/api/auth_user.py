@@ -69,9 +69,10 @@ async def verify_password(request: Request, session: SignedIn, served: Served) -
     return JSONResponse({"status": True})
 
 
+@router.post("/forget-password")
 @router.post("/request-password-reset")
 async def request_password_reset(request: Request, served: Served) -> JSONResponse:
-    """The same answer, as soon, whether there is such a user or not."""
+    """The same answer, as soon, whether there is such a user or not. Clients of 1.3 know it by its first name."""
     body = await bodies.read(request, {"email": "email", "redirectTo": "string?"})
     origins.check_redirect(body.get("redirectTo"), "redirectTo", origins.for_redirects(served.settings))
     user = await served.store.call(credentials.find, served.store.db, body["email"])

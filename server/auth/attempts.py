@@ -13,6 +13,7 @@ RULES = {
     "verify-password": (3, 10.0),
     "delete-user": (3, 10.0),
     "request-password-reset": (3, 60.0),
+    "forget-password": (3, 60.0),
     "reset-password": (3, 60.0),
     "send-verification-email": (3, 60.0),
 }
