@@ -253,8 +253,8 @@ class Dispatcher:
                 worker.resident = components
             case protocol.Died(exit_code):
                 await self._mourn(worker, exit_code)
-            case protocol.Succeeded(job_id, width, height):
-                output = {"width": width, "height": height}
+            case protocol.Succeeded(job_id, width, height, _, duration_s):
+                output = {"width": width, "height": height} | ({"duration": duration_s} if duration_s else {})
                 await self._end(worker, self.store.succeed, job_id, output, self.clock())
             case protocol.Cancelled(job_id):
                 await self._end(worker, self.store.cancel, job_id, self.clock())
