@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ from av.packet import Packet
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
-from pipelines.base import OnStep
+from pipelines.base import BadOutput, OnStep
 from pipelines.images import save_image
 from pipelines.video import LIMITS, Clock, Frame, Size, check_video_decodes, covering, opened
 
@@ -93,6 +94,13 @@ class Clip:
         return self.frames.shape[2], self.frames.shape[1]
 
 
+def to_frames(pixels: Any) -> np.ndarray:
+    """A decoder's tensor (3, count, height, width), -1 to 1, as frames, rounded as by diffusers. Raises `BadOutput`."""
+    if not pixels.isfinite().all():
+        raise BadOutput("The model made a video with NaN or infinite pixels.")
+    return (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
 def poster_path(path: Path) -> Path:
     return path.with_suffix(".jpg")
 
@@ -138,14 +146,15 @@ def copy_film(earlier: InputContainer, film: Film) -> Iterator[Frame]:
     """Put all of a video at the film's start, each frame at its own time, and its sound beside it."""
     video = earlier.streams.video[0]
     audio = earlier.streams.audio[0] if earlier.streams.audio else None
-    sound = Sound(audio, film.container, float((video.start_time or 0) * video.time_base)) if audio else None
+    start_s = float((video.start_time or 0) * (video.time_base or 0))
+    sound = Sound(audio, film.container, start_s) if audio else None
     clock = Clock()
     for packet in earlier.demux([video, audio] if audio else [video]):
         if sound and packet.stream is not video:
             sound.add(packet)
             continue
         for frame in packet.decode():
-            if (at_s := clock.tell(frame)) is not None:
+            if isinstance(frame, av.VideoFrame) and (at_s := clock.tell(frame)) is not None:
                 film.add(pixels := covering(frame, film.size), round(at_s * TICKS))
                 yield pixels
     if sound:
@@ -157,10 +166,10 @@ class Sound:
 
     def __init__(self, source: AudioStream, container: OutputContainer, start_s: float) -> None:
         self.container = container
-        self.offset = round(start_s / source.time_base)
+        self.offset = round(start_s / (source.time_base or 1))
         self.copies = source.codec_context.name in COPIED_AUDIO
         if self.copies:
-            self.stream = container.add_stream_from_template(source)
+            self.stream = container.add_stream_from_template(source)  # as it is, with its codec's own header
         else:
             rate = min(source.rate or 48_000, 48_000)
             self.stream = container.add_stream("aac", rate=rate, layout="stereo")
@@ -168,9 +177,10 @@ class Sound:
     def add(self, packet: Packet) -> None:
         if not self.copies:
             for frame in packet.decode():
-                frame.pts = frame.pts - self.offset if frame.pts is not None else None
-                self.container.mux(self.stream.encode(frame))
-        elif packet.dts is not None and packet.dts >= self.offset:
+                if isinstance(frame, av.AudioFrame) and frame.pts is not None:
+                    frame.pts -= self.offset
+                    self.container.mux(self.stream.encode(frame))
+        elif packet.pts is not None and packet.dts is not None and packet.dts >= self.offset:
             packet.pts, packet.dts = packet.pts - self.offset, packet.dts - self.offset
             packet.stream = self.stream
             self.container.mux(packet)

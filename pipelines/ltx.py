@@ -11,8 +11,8 @@ from diffusers import LTXConditionPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
-from pipelines.base import BadOutput, InvalidInput, OnStep, UnusableWeights, Weights
-from pipelines.clips import Clip
+from pipelines.base import InvalidInput, OnStep, UnusableWeights, Weights
+from pipelines.clips import Clip, to_frames
 from pipelines.loading import load_component, load_small, read_json
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
 from pipelines.residency import Residency
@@ -100,7 +100,7 @@ class Ltx:
         )[0]
 
     def _decode(self, latents: torch.Tensor, count: int, generator: torch.Generator) -> np.ndarray:
-        """Frames (count, height, width, 3), 8 bits. As diffusers' own pipeline does it, but for `BadOutput`."""
+        """Frames (count, height, width, 3), 8 bits, as diffusers' own pipeline decodes them."""
         vae = self._hold("vae")
         latents = LTXConditionPipeline._denormalize_latents(
             latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
@@ -113,11 +113,7 @@ class Ltx:
         vae.use_tiling = vae.use_framewise_decoding = count > WHOLE_FRAMES
         pixels = vae.decode(latents, timestep, return_dict=False)[0][0]
         vae.use_tiling = vae.use_framewise_decoding = False  # encoding heeds them too
-        if not torch.isfinite(pixels).all():
-            raise BadOutput(f"{self._weights.model} made a video with NaN or infinite pixels")
-        return (
-            ((pixels / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-        )
+        return to_frames(pixels)
 
     def _pipe(self, *names: str) -> LTXConditionPipeline:
         """diffusers' pipeline on the named components alone."""

@@ -10,8 +10,8 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
 from PIL import Image, ImageOps
 
-from pipelines.base import BadOutput, InvalidInput, OnStep, UnusableWeights, Weights
-from pipelines.clips import Clip
+from pipelines.base import InvalidInput, OnStep, UnusableWeights, Weights
+from pipelines.clips import Clip, to_frames
 from pipelines.loading import load_component, load_small, read_json
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
 from pipelines.residency import Residency
@@ -41,7 +41,7 @@ class Wan:
         folder = weights.folder
         self._weights = weights
         self._residency = residency
-        self._architecture = read_json(folder / "model_index.json").get("_class_name")
+        self._architecture = str(read_json(folder / "model_index.json").get("_class_name"))
         if self._architecture not in ARCHITECTURES:
             raise UnusableWeights(f"{folder / 'model_index.json'}: {self._architecture} is not a Wan known here")
         self._pipeline, self._denoisers = ARCHITECTURES[self._architecture]
@@ -71,7 +71,7 @@ class Wan:
         return Clip(frames[start.repeated :], params.fps, start.after)
 
     def _start(self, params: TextToVideo) -> "Start":
-        recipe = RECIPES.get((str(self._architecture), type(params)))
+        recipe = RECIPES.get((self._architecture, type(params)))
         if recipe is None:
             raise UnusableWeights(f"{self._weights.folder}: a {self._architecture} cannot run {type(params).__name__}")
         if self._architecture == "WanImageToVideoPipeline" and isinstance(params, ImageToVideo):
@@ -79,7 +79,7 @@ class Wan:
         return recipe(params)
 
     def _encode_prompts(self, params: TextToVideo) -> dict[str, Any]:
-        """UMT5 embeddings (1, 512, width) as diffusers' keyword arguments; the negative ones where there is guidance."""
+        """UMT5 embeddings (1, 512, width), as diffusers' keyword arguments."""
         pipe = self._pipe(WanPipeline, params, "text_encoder")
         embeds, negative = pipe.encode_prompt(
             params.prompt,
@@ -109,17 +109,14 @@ class Wan:
         )[0]
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Frames (count, height, width, 3), 8 bits. As diffusers' own pipelines do it, but for `BadOutput`."""
+        """Frames (count, height, width, 3), 8 bits, as diffusers' own pipelines decode them."""
         vae = self._hold("vae")
         latents = latents.to(vae.device, vae.dtype)
         mean, std = (
             torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        pixels = vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][0]
-        if not torch.isfinite(pixels).all():
-            raise BadOutput(f"{self._weights.model} made a video with NaN or infinite pixels")
-        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        return to_frames(vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][0])
 
     def _pipe(self, pipeline: Any, params: TextToVideo, *names: str) -> Any:
         """A diffusers pipeline on the named components alone."""

@@ -34,8 +34,12 @@ class StoredClip:
     """`fresh`: stored for this request, to be deleted if the request fails."""
 
     name: str
-    duration_s: float
+    info: VideoInfo | AudioInfo
     fresh: bool
+
+    @property
+    def duration_s(self) -> float:
+        return self.info.duration_s
 
 
 class Clips:
@@ -57,9 +61,9 @@ class Clips:
         with self.files.draft() as draft:
             await self._copy(kind, url, partial(self._append, draft))
             await run_sync(draft.sync)
-            suffix, duration_s = await self._inspect(kind, draft.path)
-            draft.keep(name := self.files.new_name(suffix))
-            return StoredClip(name, duration_s, fresh=True)
+            info = await self._inspect(kind, draft.path)
+            draft.keep(name := self.files.new_name(info.suffix))
+            return StoredClip(name, info, fresh=True)
 
     async def _copy(self, kind: ClipKind, url: str, write: Write) -> None:
         scheme = url.partition(":")[0].lower()
@@ -78,16 +82,15 @@ class Clips:
         self.limits.check_size(draft.size_bytes + len(piece))
         await run_sync(draft.write, piece)
 
-    async def _own(self, kind: ClipKind, name: str) -> float:
+    async def _own(self, kind: ClipKind, name: str) -> VideoInfo | AudioInfo:
         path = self.files.path(name)
         if not await run_sync(path.exists):
             raise MediaUnreachable("There is no such file on this server, or no longer.")
-        return (await self._inspect(kind, path))[1]
+        return await self._inspect(kind, path)
 
-    async def _inspect(self, kind: ClipKind, path: Path) -> tuple[str, float]:
-        """(suffix, seconds), once it was decoded to its end."""
+    async def _inspect(self, kind: ClipKind, path: Path) -> VideoInfo | AudioInfo:
+        """What the file holds, once it was decoded to its end."""
         try:
-            info = await run_sync(CHECKS[kind], path, limiter=self._decoding)
+            return await run_sync(CHECKS[kind], path, limiter=self._decoding)
         except InvalidInput as error:
             raise InvalidMedia(str(error)) from error
-        return info.suffix, info.duration_s

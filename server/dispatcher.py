@@ -4,12 +4,9 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from pipelines.base import Weights
 from server import protocol, scheduler
 from server.devices import DeviceSpec
 from server.errors import DoesNotFit, InternalError, PlantainError, QueueFull, Unavailable
@@ -17,10 +14,22 @@ from server.jobs import MAX_ATTEMPTS, Job, NewJob
 from server.outputs import Files
 from server.remote import errand
 from server.remote.desk import Desk
-from server.scheduler import Action, Evict, Refuse, Start, Waiting, plan
+from server.roster import (
+    CancelAsked,
+    DeskSaid,
+    Message,
+    Queued,
+    RespawnDue,
+    Submitted,
+    SubmittedRemote,
+    Worker,
+    WorkerSaid,
+)
+from server.scheduler import Action, Evict, Refuse, Start, plan
 from server.shelf import Runnable, Shelf
 from server.store import Store, error_of
 from server.supervisor import OnEvent, Supervisor
+from server.watchers import Watchers
 
 log = logging.getLogger("plantain.dispatcher")
 
@@ -31,66 +40,6 @@ Spawn = Callable[[DeviceSpec, Sequence[str], OnEvent], Supervisor]
 LONGEST_RESPAWN_DELAY_S = 30.0
 STORE_RETRY_S = 1.0
 STOP_PATIENCE_S = 5.0
-
-
-@dataclass(frozen=True)
-class Queued(Waiting):
-    """A waiting or running job with all that a worker must be told."""
-
-    job: Job
-    weights: Weights
-
-
-@dataclass
-class Worker:
-    """What is known of one worker process."""
-
-    supervisor: Supervisor
-    budget_bytes: int
-    resident: tuple[tuple[str, int], ...] = ()
-    status: str = "starting"  # starting idle loading running dead
-    runs: Queued | None = None
-    deaths: int = 0  # in a row, with no job done between
-
-    @property
-    def view(self) -> scheduler.Device:
-        device = self.supervisor.device.id
-        return scheduler.Device(device, self.budget_bytes, self.resident, idle=self.status == "idle")
-
-
-@dataclass(frozen=True)
-class Submitted:
-    queued: Queued
-
-
-@dataclass(frozen=True)
-class CancelAsked:
-    job_id: str
-    heard: asyncio.Future[None]
-
-
-@dataclass(frozen=True)
-class WorkerSaid:
-    device: str
-    event: protocol.Event
-
-
-@dataclass(frozen=True)
-class RespawnDue:
-    device: str
-
-
-@dataclass(frozen=True)
-class SubmittedRemote:
-    job: Job
-
-
-@dataclass(frozen=True)
-class DeskSaid:
-    said: errand.Said
-
-
-Message = Submitted | CancelAsked | WorkerSaid | RespawnDue | SubmittedRemote | DeskSaid
 
 
 class Dispatcher:
@@ -116,7 +65,7 @@ class Dispatcher:
         self.inbox: asyncio.Queue[Message] = asyncio.Queue()
         self.queue: dict[str, Queued] = {}
         self.progress: dict[str, protocol.Progress] = {}
-        self.watchers: defaultdict[str, list[asyncio.Future[Job]]] = defaultdict(list)
+        self.watchers = Watchers()
         self.trouble: str | None = None
         families = shelf.families()
         self.workers = {
@@ -147,8 +96,7 @@ class Dispatcher:
             if worker.runs:
                 await self.store.call(self.store.requeue, worker.runs.job_id, self.clock(), count_attempt=False)
         await asyncio.gather(*(worker.supervisor.stop(STOP_PATIENCE_S) for worker in self.workers.values()))
-        for job_id in list(self.watchers):
-            self._tell(job_id, Unavailable(f"The server is stopping; job {job_id} goes on when it is back."))
+        self.watchers.tell_all(Unavailable("The server is stopping; the job goes on when it is back."))
 
     async def submit(self, new: NewJob, runnable: Runnable) -> tuple[Job, int]:
         """Charge and queue; returns the job and the balance left. Raises DoesNotFit, QueueFull, InsufficientCredits."""
@@ -166,13 +114,12 @@ class Dispatcher:
 
     async def wait(self, job_id: str) -> Job:
         """The job once it has ended. Raises KeyError; Unavailable when the server stops first."""
-        future = asyncio.get_running_loop().create_future()
-        self.watchers[job_id].append(future)
+        future = self.watchers.join(job_id)
         try:
             job = await self.store.call(self.store.job, job_id)
             return job if job.is_final else await future
         finally:
-            self._leave(job_id, future)
+            self.watchers.leave(job_id, future)
 
     async def cancel(self, job_id: str) -> Job:
         """Stop a job: a queued one at once, a running one at its next step. Returns the job as it is then."""
@@ -266,7 +213,7 @@ class Dispatcher:
             match action:
                 case Evict(device, key):
                     self.workers[device].supervisor.send(protocol.Evict(key))
-                    self._forget_resident(self.workers[device], {key})
+                    self.workers[device].forget({key})
                 case Start(job_id, device):
                     await self._start(self.queue.pop(job_id), self.workers[device])
                 case Refuse(job_id):
@@ -281,7 +228,7 @@ class Dispatcher:
         if job is None:
             return
         worker.status, worker.runs = "loading", queued
-        self._forget_resident(worker, queued.need.keys)
+        worker.forget(queued.need.keys)
         worker.resident += queued.need.components
         output = self.files.path(job.output_name)
         worker.supervisor.send(
@@ -338,16 +285,7 @@ class Dispatcher:
     def _done(self, job: Job | None) -> None:
         if job:
             self.progress.pop(job.id, None)
-            self._tell(job.id, job)
-
-    def _tell(self, job_id: str, outcome: Job | PlantainError) -> None:
-        for future in self.watchers.pop(job_id, []):
-            if future.done():
-                continue
-            if isinstance(outcome, Job):
-                future.set_result(outcome)
-            else:
-                future.set_exception(outcome)
+            self.watchers.tell(job.id, job)
 
     async def _accept(self, new: NewJob, runnable: Runnable) -> tuple[Job, int]:
         job, balance = await self.store.call(self.store.insert, new, self.clock())
@@ -385,18 +323,7 @@ class Dispatcher:
         if not loop.cancelled():
             self.trouble = f"the dispatcher fell: {loop.exception()!r}"
             log.critical("%s", self.trouble, exc_info=loop.exception())
-            for job_id in list(self.watchers):
-                self._tell(job_id, InternalError("The server is in trouble; its log says why."))
-
-    def _leave(self, job_id: str, future: asyncio.Future[Job]) -> None:
-        """Whoever waits no more, be it that their patience ended; the others of the job wait on."""
-        if future in self.watchers.get(job_id, ()):
-            self.watchers[job_id].remove(future)
-            if not self.watchers[job_id]:
-                del self.watchers[job_id]
-
-    def _forget_resident(self, worker: Worker, keys: set[str] | frozenset[str]) -> None:
-        worker.resident = tuple(entry for entry in worker.resident if entry[0] not in keys)
+            self.watchers.tell_all(InternalError("The server is in trouble; its log says why."))
 
     def _worker_said(self, device: str, event: protocol.Event) -> None:
         self.inbox.put_nowait(WorkerSaid(device, event))

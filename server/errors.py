@@ -58,6 +58,12 @@ class UnsupportedAspectRatio(BadRequest):
     code, title = "UNSUPPORTED_ASPECT_RATIO", "Unsupported aspect ratio"
 
 
+class UnsupportedResolution(BadRequest):
+    """With `resolutions`."""
+
+    code, title = "UNSUPPORTED_RESOLUTION", "Unsupported resolution"
+
+
 class InvalidMedia(BadRequest):
     code, title = "INVALID_MEDIA", "Invalid media"
 

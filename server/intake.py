@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.catalog import Model
 from pipelines.params import Body
+from pipelines.video import VideoInfo
 from server.accounts import Caller
 from server.clips import Clips, StoredClip
 from server.dispatcher import Dispatcher
@@ -20,6 +21,7 @@ from server.remote.desk import Desk
 from server.remote.routes import Route, choose, may_overflow, read_route
 from server.requests import input_urls, resolve, workflow_of
 from server.shelf import Shelf
+from server.video_requests import Footage
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "mp4": ".mp4"}
 
@@ -57,6 +59,13 @@ class Inputs:
         """Those that were stored for this request."""
         stored: list[StoredImage | StoredClip | None] = [*self.images, self.video, self.audio]
         return tuple(each.name for each in stored if each and each.fresh)
+
+    @property
+    def footage(self) -> Footage | None:
+        info = self.video.info if self.video else None
+        if self.video is None or not isinstance(info, VideoInfo):
+            return None
+        return Footage(self.video.name, info.width, info.height, info.fps, info.duration_s)
 
     def for_fal(self) -> mapping.Inputs:
         return mapping.Inputs(
@@ -115,14 +124,16 @@ class Intake:
             inputs.audio = await self.clips.take("audio", given["audio_url"], own_bases)
 
     async def _submit(self, order: Order, inputs: Inputs) -> Accepted:
-        resolved = resolve(order.model, order.workflow, order.body, inputs.images)
+        here = self.shelf.chosen(order.model, order.workflow, order.body.given.get("resolution"))
+        resolved = resolve(here, order.workflow, order.body, inputs.images, inputs.footage)
         params = resolved.params.model_dump(mode="json", by_alias=True)
         new = replace(
             self._job(order, inputs, params, resolved.ignored, SUFFIXES[params.get("outputFormat", "png")]),
+            model=here.id,
             pixels=resolved.pixels,
-            credits=price_of(order.model, params),
+            credits=price_of(order.model, {**params, **resolved.priced}),
         )
-        runnable = self.shelf.runnable(order.model.id, resolved.pixels)
+        runnable = self.shelf.runnable(here.id, resolved.pixels)
         job, balance = await self.dispatcher.submit(new, runnable)
         return Accepted(job, balance, resolved.ignored)
 

@@ -95,12 +95,17 @@ class Files:
         return name
 
     def delete(self, name: str) -> None:
-        self.path(name).unlink(missing_ok=True)
+        """A video's poster goes with it."""
+        path = self.path(name)
+        path.unlink(missing_ok=True)
+        if path.suffix == ".mp4":
+            path.with_suffix(".jpg").unlink(missing_ok=True)
 
     def sweep(self, known: set[str], older_than_s: float) -> list[str]:
         """Delete what nobody knows of and what was left half-written; the names that went."""
         oldest_at = time.time() - older_than_s
-        strays = [path for path in self.root.iterdir() if path.name not in known and _is_stray(path, oldest_at)]
+        stems = {Path(name).stem for name in known}  # a video and its poster differ in the suffix only
+        strays = [path for path in self.root.iterdir() if path.stem not in stems and _is_stray(path, oldest_at)]
         for path in strays:
             path.unlink(missing_ok=True)
         return [path.name for path in strays]

@@ -68,12 +68,13 @@ class Resident:
 
 @dataclass(frozen=True)
 class Succeeded:
-    """The output lies where `Run.output` said."""
+    """The output lies where `Run.output` said. `duration_s` is a video's."""
 
     job_id: str
     width: int
     height: int
     run_s: float
+    duration_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic.alias_generators import to_camel
 
 from pipelines.catalog import Catalog, Model
-from pipelines.params import MAX_SEED, PARAMS, Body, Params, TextToImage
+from pipelines.params import MAX_SEED, PARAMS, Body, Params, TextToImage, TextToVideo
 from server.errors import InvalidBody, UnsupportedAspectRatio, UnsupportedWorkflow
 from server.media import StoredImage
+from server.video_requests import Footage, video_fields
 
 TUNABLES = frozenset({"num_inference_steps", "guidance_scale", "strength", "negative_prompt"})
 """Fields that a model takes exactly if `weights.toml` gives it a default for them."""
@@ -29,11 +30,15 @@ NARROWEST, WIDEST = 1 / 4, 4 / 1
 
 @dataclass(frozen=True)
 class Resolved:
-    """Complete params; `pixels` is what the output has, `ignored` are the fields, as sent, that had no effect."""
+    """Complete params; `ignored` are the fields, as sent, that had no effect.
+
+    `pixels` is what the output has, of a video one frame. `priced` is what else a video's price depends on.
+    """
 
     params: Params
     pixels: int
     ignored: frozenset[str]
+    priced: Mapping[str, Any] = field(default_factory=dict)
 
 
 def input_urls(body: Body) -> list[str]:
@@ -59,12 +64,24 @@ def workflow_of(model: Model, body: Body, catalog: Catalog) -> str:
     return asked
 
 
-def resolve(model: Model, workflow: str, body: Body, images: Sequence[StoredImage]) -> Resolved:
-    """Fill in what was left open, from `weights.toml` and the input's shape. Raises UnsupportedAspectRatio."""
+def resolve(
+    model: Model, workflow: str, body: Body, images: Sequence[StoredImage], video: Footage | None = None
+) -> Resolved:
+    """Fill in what was left open, from `weights.toml` and the input's shape. Raises UnsupportedAspectRatio.
+
+    For videos also UnsupportedResolution, and InvalidBody for a length or frame rate that there is not.
+    """
     cls = PARAMS[workflow]
     offered = {name: value for name, value in body.given.items() if name not in TUNABLES or name in model.defaults}
     offered = {**model.defaults, **offered, "images": [image.name for image in images]}
-    if issubclass(cls, TextToImage):
+    priced = {}
+    if issubclass(cls, TextToVideo):
+        fields = video_fields(model, workflow, body.given, images, video)
+        priced = {"duration": fields["duration"], "resolution": fields["resolution"]}
+        offered = {"seed": secrets.randbelow(MAX_SEED + 1), **offered, **fields}
+        offered |= {"video": video.name} if video else {}
+        pixels = fields["width"] * fields["height"]
+    elif issubclass(cls, TextToImage):
         width, height = size_of(model, offered.get("aspect_ratio"), images)
         offered = {"seed": secrets.randbelow(MAX_SEED + 1), **offered, "width": width, "height": height}
         pixels = width * height
@@ -72,7 +89,7 @@ def resolve(model: Model, workflow: str, body: Body, images: Sequence[StoredImag
         offered["image"] = images[0].name
         pixels = images[0].width * images[0].height * int(offered.get("scale", 1)) ** 2
     taken = {name: offered[name] for name in cls.model_fields if name in offered}
-    return Resolved(cls.model_validate(taken), pixels, ignored(body, taken))
+    return Resolved(cls.model_validate(taken), pixels, ignored(body, taken), priced)
 
 
 def size_of(model: Model, aspect_ratio: str | None, images: Sequence[StoredImage]) -> tuple[int, int]:
@@ -92,7 +109,9 @@ def ignored(body: Body, taken: Mapping[str, Any]) -> frozenset[str]:
     """Fields, as they were sent, that nothing came of: unknown ones, and those that the model or workflow has not."""
     used = {*taken, "model", "workflow"}
     used |= {"image_url", "image_urls"} if {"image", "images"} & taken.keys() else set()
+    used |= {"video_url"} if "video" in taken else set()
     used |= {"aspect_ratio"} if "width" in taken else set()
+    used |= {"duration", "resolution"} if "num_frames" in taken else set()
     fields = type(body).model_fields
     unused = {fields[name].alias or name for name in body.given if name not in used}
     return body.unknown | unused
@@ -101,9 +120,9 @@ def ignored(body: Body, taken: Mapping[str, Any]) -> frozenset[str]:
 def _check_inputs(workflow: str, body: Body) -> None:
     """Raises InvalidBody for a workflow that lacks what it works on."""
     given = {*body.given} | ({"image_url"} if input_urls(body) else set())
-    for field, noun in NEEDS.get(workflow, {}).items():
-        if field not in given and not (workflow == "reference-to-video" and "video_url" in given):
-            missing = {"path": to_camel(field), "message": f"{workflow} needs {noun}"}
+    for name, noun in NEEDS.get(workflow, {}).items():
+        if name not in given and not (workflow == "reference-to-video" and "video_url" in given):
+            missing = {"path": to_camel(name), "message": f"{workflow} needs {noun}"}
             raise InvalidBody(f"{missing['path']}: {missing['message']}", issues=[missing])
 
 

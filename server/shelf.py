@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pipelines.base import Weights
 from pipelines.catalog import Catalog, Model, UnknownModel
 from pipelines.installed import Installed
-from server.errors import ModelNotFound, ModelNotInstalled, RemoteUnavailable
+from server.errors import ModelNotFound, ModelNotInstalled, RemoteUnavailable, UnsupportedResolution
 from server.vram import Need, need_of
 
 
@@ -31,6 +31,23 @@ class Shelf:
         except UnknownModel as unknown:
             hint = f" Did you mean {' or '.join(unknown.close)}?" if unknown.close else " See GET /api/models."
             raise ModelNotFound(f"There is no model {name!r}.{hint}", model=name, close=unknown.close) from None
+
+    def chosen(self, model: Model, workflow: str, resolution: str | None = None) -> Model:
+        """The model itself, or the best of its variants that is installed and does this; none is: the least of them.
+
+        Raises UnsupportedResolution if no variant has it.
+        """
+        if workflow not in model.variants:
+            return model
+        able = [each for each in model.variants[workflow] if not resolution or resolution in each.resolutions]
+        if not able:
+            there_is = list(dict.fromkeys(name for each in model.variants[workflow] for name in each.resolutions))
+            raise UnsupportedResolution(
+                f"{model.name} has no resolution {resolution} for {workflow}; it has {', '.join(there_is)}.",
+                resolution=resolution,
+                resolutions=there_is,
+            )
+        return next(filter(self._is_here, able), able[-1])
 
     def weights(self, model: Model) -> Weights:
         """Raises ModelNotInstalled, or RemoteUnavailable for a model that runs on fal.ai only."""

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pipelines.base import InvalidInput, JobCancelled, OnStep, Pipeline, UnusableWeights, Weights
+from pipelines.clips import Clip
 from pipelines.faults import broke_the_device, ran_out_of_memory
 from pipelines.images import save_image
 from pipelines.params import PARAMS
@@ -81,9 +82,14 @@ class Worker:
     def outcome(self, command: Run) -> Succeeded:
         started = time.monotonic()
         params = PARAMS[command.workflow].model_validate(dict(command.params), context={"files": command.files})
-        image = self.pipeline(command.weights).generate(params, self.on_step(command.job_id))
-        save_image(image, command.output, params.output_format)
-        return Succeeded(command.job_id, image.width, image.height, time.monotonic() - started)
+        on_step = self.on_step(command.job_id)
+        made = self.pipeline(command.weights).generate(params, on_step)
+        if isinstance(made, Clip):
+            saved = made.save(command.output, on_step)
+            run_s = time.monotonic() - started
+            return Succeeded(command.job_id, saved.width, saved.height, run_s, saved.duration_s)
+        save_image(made, command.output, params.output_format)
+        return Succeeded(command.job_id, made.width, made.height, time.monotonic() - started)
 
     def pipeline(self, weights: Weights) -> Pipeline:
         if weights not in self.pipelines:

@@ -51,14 +51,14 @@ def may_overflow(model: Model, workflow: str, route: Route, desk: Desk) -> bool:
 
 def could_run_here(model: Model, workflow: str) -> bool:
     """With its weights installed."""
-    return model.weights is not None and workflow in PARAMS
+    return bool(model.weights or model.variants) and workflow in PARAMS
 
 
 def why_not_here(model: Model, workflow: str, shelf: Shelf) -> PlantainError | None:
-    if model.weights is not None and workflow not in PARAMS:
+    if model.runs_on != "fal" and workflow not in PARAMS:
         return UnsupportedWorkflow(f"{workflow} does not run on this server, only at fal.ai.", workflow=workflow)
     try:
-        shelf.weights(model)
+        shelf.weights(shelf.chosen(model, workflow))
     except PlantainError as error:
         return error
     return None
