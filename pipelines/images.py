@@ -190,10 +190,7 @@ def _srgb(image: Image.Image) -> Image.Image:
         try:
             source, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
             return ImageCms.profileToProfile(base, source, srgb, outputMode="RGB") or base
-        except (
-            ImageCms.PyCMSError,
-            OSError,
-        ):
+        except (ImageCms.PyCMSError, OSError):
             pass  # broken, or for other channels than these: as if there were none
     return base.copy() if base.mode == "RGB" else base.convert("RGB")
 

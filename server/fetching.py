@@ -25,7 +25,6 @@ class Limits:
     max_bytes: int = 32 * 2**20
     connect_s: float = 5.0
     fetch_s: float = 30.0
-    decode_s: float = 20.0
     redirects: int = 3
     noun: str = "image"
     accept: str = "image/*"

@@ -6,24 +6,21 @@ from base64 import b64decode
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
-import anyio
-from anyio import to_process
 from anyio.to_thread import run_sync
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from pipelines.base import InvalidInput
-from pipelines.images import ImageInfo, check_decodes, probe
+from pipelines.images import ImageInfo, probe
 from server.addresses import Guard, Network, Resolve, resolve
+from server.decoders import Decoders
 from server.errors import AddressRefused, InvalidBody, InvalidMedia, MediaUnreachable
 from server.fetching import PIECE_BYTES, Fetcher, Limits, Write
 from server.outputs import Draft, Files
 
-DECODERS = 2  # at once: a picture of 64 megapixels takes from 256 MiB to a gigabyte while it is decoded
 FORM_BYTES = 2**16  # what a form may add to its file
 SUFFIXES = {"jpeg": ".jpg"}
 BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -53,14 +50,11 @@ class Media:
         limits: Limits | None = None,
         resolve: Resolve = resolve,
         tls: ssl.SSLContext | None = None,
+        decoders: Decoders | None = None,
     ) -> None:
         self.files, self.offline, self.limits = files, offline, limits or Limits()
         self._fetcher = Fetcher(Guard(allowed_networks, resolve), self.limits, tls)
-        self._decoders = anyio.CapacityLimiter(DECODERS)
-
-    async def warm_up(self) -> None:
-        """Start a decoding process now, so that the first image need not wait for it."""
-        await to_process.run_sync(isinstance, None, ImageInfo)  # by whose module the process imports Pillow
+        self._decoders = decoders or Decoders()
 
     async def image(self, url: str, own_bases: Sequence[str]) -> StoredImage:
         """The image at `url`. `own_bases` are the addresses under which this server's own files are known."""
@@ -85,7 +79,7 @@ class Media:
         with self.files.draft() as draft:
             await copy(partial(self._append, draft))
             await run_sync(draft.sync)
-            info = await self._decoded(draft.path)
+            info = await _valid(self._decoders.check(draft.path))
             name = self.files.new_name(SUFFIXES.get(info.format, f".{info.format}"))
             draft.keep(name)  # nothing is awaited from here on: who is cancelled later knows the name
             return StoredImage(name, info.width, info.height, info.mime, draft.size_bytes, fresh=True)
@@ -98,26 +92,11 @@ class Media:
         """No copy and no second decode: it was made here, or decoded when it came in."""
         path = self.files.path(name)
         try:
-            info = await run_sync(probe, path)
+            info = await _valid(run_sync(probe, path))
             size_bytes = path.stat().st_size
         except FileNotFoundError:
             raise MediaUnreachable("There is no such file on this server, or no longer.") from None
-        except InvalidInput as error:
-            raise InvalidMedia(str(error)) from error
         return StoredImage(name, info.width, info.height, info.mime, size_bytes, fresh=False)
-
-    async def _decoded(self, path: Path) -> ImageInfo:
-        """In a process apart: Pillow holds the interpreter for seconds at some formats, heaps grow, decoders crash."""
-        try:
-            async with self._decoders:
-                with anyio.fail_after(self.limits.decode_s):
-                    return await to_process.run_sync(check_decodes, path, cancellable=True)
-        except InvalidInput as error:
-            raise InvalidMedia(str(error)) from error
-        except TimeoutError as error:
-            raise InvalidMedia("The image takes too long to decode.") from error
-        except anyio.BrokenWorkerProcess as error:
-            raise InvalidMedia("The image cannot be decoded.") from error
 
     async def _copy_data_url(self, url: str, write: Write) -> None:
         self.limits.check_size(len(url) // 3 - FORM_BYTES)  # at most three characters a byte; then the bytes count
@@ -146,6 +125,13 @@ class Media:
             size_bytes += len(piece)
             self.limits.check_size(size_bytes - FORM_BYTES)
             yield piece
+
+
+async def _valid(info: Awaitable[ImageInfo]) -> ImageInfo:
+    try:
+        return await info
+    except InvalidInput as error:
+        raise InvalidMedia(str(error)) from error
 
 
 async def _copy_body(request: Request, write: Write) -> None:

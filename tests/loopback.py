@@ -2,12 +2,9 @@
 
 import asyncio
 import ipaddress
-import os
 import ssl
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -59,17 +56,6 @@ class Web:
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         async with server:
             yield self
-
-
-# Decoders, run in a process apart
-
-
-def never_ends(path: Path) -> None:
-    time.sleep(60)
-
-
-def crashes(path: Path) -> None:
-    os.abort()
 
 
 def resolver(*answers: list[str]) -> Resolve:

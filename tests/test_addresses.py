@@ -22,15 +22,9 @@ from tests.loopback import LOOPBACK, Web, is_stored, refused, resolver
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@pytest.fixture(scope="module", autouse=True)
-async def one_event_loop(anyio_backend):
-    """For all tests here, so that they share a decoding process."""
-    yield
 
 
 @pytest.fixture(scope="module")

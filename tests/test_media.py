@@ -5,6 +5,7 @@ import base64
 import gzip
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 from urllib.parse import quote
@@ -17,26 +18,26 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
 
+from server.decoders import Decoders
 from server.errors import InvalidMedia, MediaUnreachable, PlantainError, StorageFull, TooLarge
 from server.fetching import Limits
 from server.media import Media, StoredImage
 from server.outputs import Files
-from tests.loopback import LOOPBACK, Web, crashes, is_stored, never_ends, refused
+from tests.loopback import LOOPBACK, Web, is_stored, refused
 
 pytestmark = pytest.mark.anyio
 
 MIB = 2**20
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="module", autouse=True)
-async def one_event_loop(anyio_backend):
-    """For all tests here, so that they share a decoding process."""
-    yield
+@pytest.fixture(scope="module")
+def shared_decoders() -> Decoders:
+    return Decoders()
 
 
 def encoded(image: Image.Image, format: str = "PNG") -> bytes:
@@ -73,8 +74,8 @@ def files(tmp_path: Path) -> Files:
 
 
 @pytest.fixture
-def media(files: Files) -> Media:
-    return Media(files, offline=False, allowed_networks=LOOPBACK, limits=Limits(fetch_s=5))
+def media(files: Files, shared_decoders: Decoders) -> Media:
+    return Media(files, offline=False, allowed_networks=LOOPBACK, limits=Limits(fetch_s=5), decoders=shared_decoders)
 
 
 # Taken
@@ -270,21 +271,46 @@ async def test_a_cancelled_request_leaves_nothing(web, media):
     assert list(media.files.root.iterdir()) == []
 
 
-async def test_a_request_cancelled_while_its_image_is_decoded_leaves_nothing(media, photo, monkeypatch):
-    monkeypatch.setattr("server.media.check_decodes", never_ends)
+def decoders(program: str, timeout_s: float = 20.0) -> Decoders:
+    return Decoders(timeout_s=timeout_s, command=(sys.executable, "-c", program))
+
+
+async def test_an_image_that_takes_too_long_or_crashes_its_decoder(files, photo):
+    hanging, crashing = decoders("import time; time.sleep(60)", timeout_s=0.5), decoders("import os; os.abort()")
+    await refused(Media(files, offline=True, decoders=hanging), f"data:,{quote(photo)}", InvalidMedia, "too long")
+    await refused(Media(files, offline=True, decoders=crashing), f"data:,{quote(photo)}", InvalidMedia, "cannot be")
+
+
+async def test_a_decoder_that_died_is_replaced(files, photo, tmp_path):
+    """The first one dies at once, those after it live."""
+    once = f"""
+import pathlib, runpy
+first = pathlib.Path({str(tmp_path / "first")!r})
+if first.exists():
+    runpy.run_module("pipelines.decoder", run_name="__main__")
+first.touch()"""
+    media = Media(files, offline=True, decoders=decoders(once))
+    await refused(media, f"data:,{quote(photo)}", InvalidMedia, "cannot be decoded")
+    assert is_stored(media, await media.image(f"data:,{quote(photo)}", []), photo)
+
+
+async def test_a_request_cancelled_while_its_image_is_decoded_leaves_nothing(files, photo):
+    media = Media(files, offline=True, decoders=decoders("import time; time.sleep(60)"))
     with anyio.move_on_after(0.5) as scope:
         await media.image(f"data:,{quote(photo)}", [])
-    assert scope.cancelled_caught and list(media.files.root.iterdir()) == []
+    assert scope.cancelled_caught and list(files.root.iterdir()) == []
 
 
-async def test_an_image_that_takes_too_long_or_crashes_its_decoder(files, media, photo, monkeypatch):
-    hurried = Media(files, offline=True, limits=Limits(decode_s=0.5))
-    monkeypatch.setattr("server.media.check_decodes", never_ends)
-    await refused(hurried, f"data:,{quote(photo)}", InvalidMedia, "too long to decode")
-    monkeypatch.setattr("server.media.check_decodes", crashes)
-    await refused(media, f"data:,{quote(photo)}", InvalidMedia, "cannot be decoded")
-    monkeypatch.undo()
-    assert is_stored(media, await media.image(f"data:,{quote(photo)}", []), photo)
+async def test_many_images_at_once_take_turns_with_few_decoders(media, photo):
+    images: list[StoredImage] = []
+
+    async def store() -> None:
+        images.append(await media.image(f"data:,{quote(photo)}", []))
+
+    async with anyio.create_task_group() as group:
+        for _ in range(20):
+            group.start_soon(store)
+    assert {image.name for image in images} == {path.name for path in media.files.root.iterdir()}
 
 
 async def test_a_full_disk(media, photo, monkeypatch):
