@@ -5,6 +5,9 @@ import { browser } from "./browser.mjs";
 import { ask, check, done } from "./checks.mjs";
 
 const [packageName, address] = process.argv.slice(2);
+// As much of a page as the client asks for: it reads sessions by itself on pages only, and goes where it is sent.
+globalThis.window = { location: { href: address, origin: address } };
+globalThis.localStorage = { setItem() {} };
 const { createAuthClient } = await import(`${packageName}/client`);
 const { inferAdditionalFields, ...plugins } = await import(`${packageName}/client/plugins`);
 const apiKeyClient = plugins.apiKeyClient ?? (await import("@better-auth/api-key/client")).apiKeyClient;
@@ -139,7 +142,7 @@ await check("sign in without being remembered", async () => {
 await check("sign in with a callback on this server, and on another", async () => {
   const other = newClient().client;
   const data = fine(await other.signIn.email({ email, password, callbackURL: "/studio" }));
-  assert.deepEqual([data.redirect, data.url], [true, "/studio"]);
+  assert.deepEqual([data.redirect, data.url, window.location.href], [true, "/studio", "/studio"]);
   refused(await other.signIn.email({ email, password, callbackURL: "https://evil.example" }), 403, "INVALID_CALLBACK_URL");
 });
 
