@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.alias_generators import to_camel
 
 from pipelines.catalog import Catalog, Model
+from pipelines.images import MAX_SIDES
 from pipelines.params import MAX_SEED, PARAMS, Body, Params, TextToImage, TextToVideo
 from server.errors import InvalidBody, UnsupportedAspectRatio, UnsupportedWorkflow
 from server.media import StoredImage
@@ -87,7 +88,9 @@ def resolve(
         pixels = width * height
     else:
         offered["image"] = images[0].name
-        pixels = images[0].width * images[0].height * int(offered.get("scale", 1)) ** 2
+        width, height = (side * int(offered.get("scale", 1)) for side in (images[0].width, images[0].height))
+        _check_sides(max(width, height), offered.get("output_format", "png"))
+        pixels = width * height
     taken = {name: offered[name] for name in cls.model_fields if name in offered}
     return Resolved(cls.model_validate(taken), pixels, ignored(body, taken), priced)
 
@@ -115,6 +118,13 @@ def ignored(body: Body, taken: Mapping[str, Any]) -> frozenset[str]:
     fields = type(body).model_fields
     unused = {fields[name].alias or name for name in body.given if name not in used}
     return body.unknown | unused
+
+
+def _check_sides(longest: int, output_format: str) -> None:
+    """Before it is charged: what would be made must go into the file that is asked for."""
+    if longest > MAX_SIDES[output_format]:
+        message = f"a {output_format} file holds at most {MAX_SIDES[output_format]:,} pixels a side; use png"
+        raise InvalidBody(f"outputFormat: {message}", issues=[{"path": "outputFormat", "message": message}])
 
 
 def _check_inputs(workflow: str, body: Body) -> None:

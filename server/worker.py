@@ -4,6 +4,7 @@ Started by the supervisor as `python -m server.worker FD DEVICE FAMILY…`; it e
 """
 
 import ctypes
+import errno
 import importlib
 import logging
 import signal
@@ -74,6 +75,8 @@ class Worker:
                 raise
 
     def failure(self, job_id: str, error: Exception) -> Failed:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return Failed(job_id, "STORAGE_FULL", "The server's disk is full.")
         if not ran_out_of_memory(error):
             return Failed(job_id, "GENERATION_FAILED", "The generation failed; the server's log says why.")
         self.residency.clear()
