@@ -185,7 +185,7 @@ BAD_BODIES = [
     (b"\xff\xfe", "application/json", 400, "BAD_REQUEST"),
     (b'{"name": NaN}', "application/json", 400, "BAD_REQUEST"),
     (b"a=b", "text/plain", 415, "UNSUPPORTED_MEDIA_TYPE"),
-    (b"", "application/json", 400, "BAD_REQUEST"),
+    (b"", "application/json", 400, "VALIDATION_ERROR"),
     (b"[]", "application/json", 400, "VALIDATION_ERROR"),
     (b"{}", "application/json", 400, "VALIDATION_ERROR"),
     (b'{"name": "A", "email": "a@b.co", "password": "\\ud83c12345678"}', "application/json", 400, "VALIDATION_ERROR"),

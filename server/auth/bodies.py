@@ -47,7 +47,7 @@ async def _parsed(request: Request, allowed: tuple[str, ...]) -> Any:
     """None where there is none: a body without a content type counts as none."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     raw = await _bytes(request)
-    if not content_type:
+    if not content_type or not raw:
         return None
     if content_type not in allowed:
         text = f'Content-Type "{content_type}" is not allowed. Allowed types: {", ".join(allowed)}'
