@@ -24,7 +24,6 @@ LIMITS = Limits(max_bytes=2**30, fetch_s=600.0, noun="output", accept="*/*")
 SUFFIXES = {"jpeg": ".jpg"}
 DECODERS = 2
 TRIES = 3
-RETRY_S = 1.0
 KEYS = {"video": ("video", "videos", "file", "files")}
 IMAGE_KEYS = ("images", "image", "file", "files")
 
@@ -40,7 +39,7 @@ class Collected:
 class Collector:
     """Fetches through the same guard as callers' URLs: fal's answer is no more to be trusted."""
 
-    def __init__(self, files: Files, guard: Guard, pass_through_urls: bool, retry_s: float = RETRY_S) -> None:
+    def __init__(self, files: Files, guard: Guard, pass_through_urls: bool, retry_s: float) -> None:
         self.files, self.pass_through_urls, self.retry_s = files, pass_through_urls, retry_s
         self._fetcher = Fetcher(guard, LIMITS)
         self._decoding = anyio.CapacityLimiter(DECODERS)

@@ -18,8 +18,8 @@ LOCAL_ONLY = "this server runs everything itself."
 def make(settings: Settings, catalog: Catalog, files: Files, clock: Clock, timing: Timing | None = None) -> Desk:
     """Without a key, or where the operator forbids it, nothing is ever sent."""
     guard = Guard(settings.allowed_networks)
-    collector = Collector(files, guard, settings.pass_through_urls)
     timing = timing or Timing(deadline_s=settings.remote_deadline_s)
+    collector = Collector(files, guard, settings.pass_through_urls, timing.retry_s)
     if why_not := _why_not(settings):
         return Desk(catalog, collector, None, timing, clock, why_not)
     connection = Connection.open(settings.fal_key or "", settings.fal_queue_url, settings.fal_rest_url)
