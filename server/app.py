@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.api import account, files, health, images, jobs, models, videos
+from server.api import account, auth, auth_keys, auth_user, files, health, images, jobs, models, videos
 from server.cors import Cors
 from server.envelope import BodyLimit, LateHeaders, RequestId
 from server.errors import BadRequest, InternalError, InvalidBody, MethodNotAllowed, NotFound, PlantainError
@@ -36,6 +36,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     for routes in (images, videos, jobs, models, account, files, health):
         app.include_router(routes.router)
+    for auth_routes in (auth.router, auth_user.router, auth_keys.router, auth.nowhere):
+        app.include_router(auth_routes)
     app.add_middleware(BodyLimit)
     app.add_middleware(LateHeaders)
     if services.settings.trusted_origins:
