@@ -3,7 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
+
+Tier = Literal["resident", "staged", "streamed"]
+"""Where weights are while a job runs: all on the device; only those of the phase; some of them passing through."""
+TIERS: tuple[Tier, ...] = get_args(Tier)
 
 OnStep = Callable[[str, int, int], None]
 """Told `(phase, step, steps)` after each step; may raise `JobCancelled` to stop the run at that boundary."""
@@ -31,6 +35,8 @@ class Component:
 
     `key` is the hash of its files and its dtype: two components with one key hold the same bytes and are loaded once.
     `weights_bytes` is what it takes on a device. `path` is a folder (diffusers layout) or a single file.
+    `block_bytes` are its blocks in order, as far as it has any: layers that follow one another and can be streamed.
+    `storage` is the dtype that its matrices are kept in where that is another than they are computed in.
     """
 
     name: str
@@ -38,6 +44,8 @@ class Component:
     weights_bytes: int
     path: Path
     dtype: str = "float32"
+    block_bytes: tuple[int, ...] = ()
+    storage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,24 @@ class Weights:
 
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a job is run on its device. `tiled` decodes in tiles.
+
+    What only a worker needs: `phases` are (name, component keys) in order; `kept` are (key, bytes), the components
+    that are streamed, with the bytes of blocks that may stay on the device.
+    """
+
+    tier: Tier = "resident"
+    tiled: bool = False
+    phases: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    kept: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.tier}, tiled" if self.tiled else self.tier
 
 
 class Pipeline(Protocol):

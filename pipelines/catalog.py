@@ -12,6 +12,8 @@ from pipelines.tables import CatalogError
 Kind = Literal["image", "video", "upscale", "remove-bg"]
 SourceKind = Literal["hf", "url", "pypi", "path"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Quantisation = Literal["fp8-layerwise"]
+"""`fp8-layerwise`: the denoiser's matrices are kept in 8 bits, and widened one layer at a time to be computed with."""
 
 WEIGHTS_TOML = Path(__file__).resolve().parent.parent / "weights.toml"
 
@@ -35,14 +37,33 @@ class Credits:
 
 
 @dataclass(frozen=True)
+class PhaseWorking:
+    """A first estimate of what one phase takes beside its `components`, which a model may have only some of.
+
+    A pixel is one of the output; of video, one of a single frame. `tiled_bytes` is the most when decoding in tiles.
+    """
+
+    name: str
+    components: tuple[str, ...]
+    fixed_bytes: int = 0
+    bytes_per_pixel: int = 0
+    bytes_per_pixel_frame: int = 0
+    tiled_bytes: int | None = None
+
+    def bytes_for(self, pixels: int, frames: int = 1) -> int:
+        return self.fixed_bytes + pixels * (self.bytes_per_pixel + frames * self.bytes_per_pixel_frame)
+
+
+@dataclass(frozen=True)
 class Working:
     """A first estimate of the memory a run takes beside the weights; measured peaks replace it.
 
-    `bytes_per_pixel` counts output pixels; for video, the pixels of one frame.
+    `bytes_per_pixel` counts output pixels; for video, the pixels of one frame. Where there are `phases`, these count.
     """
 
     fixed_bytes: int = 0
     bytes_per_pixel: int = 0
+    phases: tuple[PhaseWorking, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,8 +112,8 @@ class Model:
     """One table of `weights.toml`.
 
     `sizes` are by aspect ratio, at the usual resolution; `resolutions` has them for each, where there is a choice.
-    `dtypes` are those of single components. A model with `variants` has no weights of its own: it stands for those
-    models, best first for each workflow.
+    `dtypes` are those of single components, `quantisation` is the denoiser's. A model with `variants` has no weights of
+    its own: it stands for those models, best first for each workflow.
     """
 
     id: str
@@ -113,6 +134,7 @@ class Model:
     frames: Frames | None = None
     dtype: str = "float32"
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    quantisation: Quantisation | None = None
     working: Working = Working()
     weights: Source | None = None
     variants: Mapping[str, tuple["Model", ...]] = field(default_factory=dict)

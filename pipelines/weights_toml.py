@@ -13,6 +13,8 @@ from pipelines.catalog import (
     Frames,
     Kind,
     Model,
+    PhaseWorking,
+    Quantisation,
     Retired,
     Source,
     SourceKind,
@@ -107,6 +109,7 @@ def read_model(name: str, table: Table, families: Mapping[str, dict[str, Any]], 
         frames=read_frames(table.table("frames")) if "frames" in table.left else None,
         dtype=table.among("dtype", table.take("dtype", str, "float32"), Dtype),
         dtypes={part: table.among("dtypes", dtype, Dtype) for part, dtype in table.mapping("dtypes", str).items()},
+        quantisation=read_quantisation(table),
         working=read_working(table.table("working")),
         weights=read_source(table.table("weights")) if "weights" in table.left else None,
         remote=table.mapping("remote", str),
@@ -153,9 +156,30 @@ def read_credits(table: Table) -> Credits:
 
 
 def read_working(table: Table) -> Working:
+    """One estimate for the whole run, or a table for each phase, in their order."""
+    if any(isinstance(value, dict) for value in table.left.values()):
+        return Working(phases=tuple(read_phase(name, table.table(name)) for name in list(table.left)))
     read = Working(table.take("fixed_bytes", int, 0), table.take("bytes_per_pixel", int, 0))
     table.done()
     return read
+
+
+def read_phase(name: str, table: Table) -> PhaseWorking:
+    read = PhaseWorking(
+        name=name,
+        components=table.words("components"),
+        fixed_bytes=table.take("fixed_bytes", int, 0),
+        bytes_per_pixel=table.take("bytes_per_pixel", int, 0),
+        bytes_per_pixel_frame=table.take("bytes_per_pixel_frame", int, 0),
+        tiled_bytes=table.take("tiled_bytes", int, None),
+    )
+    table.done()
+    return read
+
+
+def read_quantisation(table: Table) -> Quantisation | None:
+    name = table.take("quantisation", str, None)
+    return cast(Quantisation, table.among("quantisation", name, Quantisation)) if name else None
 
 
 def read_retired(table: Table) -> Retired:

@@ -1,30 +1,38 @@
-"""Where a job fits, and what must make room for it there. Pure."""
+"""Where a job fits, in which way, and what must make room for it there. Pure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from pipelines.base import Way
 from server.vram import Need
 
 GIB = 2**30
+LINK_BYTES_PER_S = 12e9
+"""Host to device, before a worker has measured it: PCIe 3 x16, or half of PCIe 4."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device as the scheduler sees it. `resident` is (component key, bytes), least recently used first."""
+    """A device as the scheduler sees it. `resident` is (component key, bytes), least recently used first.
+
+    `host_budget_bytes` is what the copies in host memory may take, where the host is not the device itself.
+    """
 
     id: str
     budget_bytes: int
     resident: tuple[tuple[str, int], ...] = ()
     idle: bool = True
+    link_bytes_per_s: float = LINK_BYTES_PER_S
+    host_budget_bytes: int | None = None
 
     @property
     def free_bytes(self) -> int:
         return self.budget_bytes - sum(weights_bytes for _, weights_bytes in self.resident)
 
     def missing_bytes(self, need: Need) -> int:
-        """Weights that would have to be loaded before the job could run."""
-        resident = {key for key, _ in self.resident}
-        return sum(weights_bytes for key, weights_bytes in need.components if key not in resident)
+        """Weights that would have to be loaded before the job could run. A streamed component is there in part."""
+        resident = dict(self.resident)
+        return sum(max(0, weights_bytes - resident.get(key, 0)) for key, weights_bytes in need.components)
 
 
 @dataclass(frozen=True)
@@ -33,15 +41,67 @@ class Evict:
     key: str
 
 
+def able(need: Need, device: Device) -> bool:
+    """Whether the device, with nothing else on it, could run the job in some way."""
+    return choose(need, device) is not None
+
+
+def choose(need: Need, device: Device) -> Way | None:
+    """The way in which the job finishes soonest there; ways that change no pixel go before tiled decoding.
+
+    None: it fits in none.
+    """
+    if need.devices is not None and device.id not in need.devices:
+        return None
+    if device.host_budget_bytes is not None and largest(need) > device.host_budget_bytes:
+        return None
+    fitting = [way for way in need.possible if need.bytes_in(way) <= device.budget_bytes]
+    return min(fitting, key=lambda way: (way.tiled, seconds(need, device, way)), default=None)
+
+
+def orders(need: Need, device: Device) -> Way:
+    """The chosen way with all that the worker must know of it. The device must be able to run the job."""
+    way = choose(need, device) or Way()
+    phases = tuple((phase.name, phase.keys) for phase in need.phases)
+    return replace(way, phases=phases, kept=need.kept(device.budget_bytes, way))
+
+
+def seconds(need: Need, device: Device, way: Way) -> float:
+    """What the way adds to the run itself: weights that cross the link. What streaming hides behind work is unknown.
+
+    resident: what is missing. staged: all but what the first phase finds there. streamed: the same, and the blocks
+    that are not kept once more in every pass.
+    """
+    if way.tier == "resident":
+        return device.missing_bytes(need) / device.link_bytes_per_s
+    resident = dict(device.resident)
+    there = sum(min(need.sizes.get(key, 0), resident.get(key, 0)) for key in need.phases[0].keys)
+    moved_bytes = need.weights_bytes - there
+    for key, kept_bytes in need.kept(device.budget_bytes, way):
+        moved_bytes += (need.passes - 1) * (sum(dict(need.blocks)[key]) - kept_bytes)
+    return moved_bytes / device.link_bytes_per_s
+
+
 def best(need: Need, idle: Iterable[Device]) -> Device:
-    """Of the devices that can hold the job, the one with the fewest bytes to load, then with the most room."""
-    able = [device for device in idle if need.total_bytes <= device.budget_bytes]
-    return min(able, key=lambda device: (device.missing_bytes(need), -device.free_bytes))
+    """Of the devices that can run the job, the one where it finishes soonest, then with the most room.
+
+    Raises ValueError if none can: ask `able` first.
+    """
+    ways = [(device, way) for device in idle if (way := choose(need, device))]
+    device, _ = min(ways, key=lambda pair: (pair[1].tiled, seconds(need, *pair), -pair[0].free_bytes))
+    return device
 
 
 def evictions(need: Need, device: Device) -> list[Evict]:
-    """What makes room for the job: the least recently used first, nothing that it needs, no more than must be."""
-    short_bytes = device.missing_bytes(need) + need.working_bytes - device.free_bytes
+    """What makes room for the job: the least recently used first, nothing that it needs, no more than must be.
+
+    A streamed job takes all there is: a block that stays is worth more than another job's weights.
+    """
+    way = choose(need, device) or Way()
+    resident = dict(device.resident)
+    own_bytes = sum(min(resident[key], need.sizes[key]) for key in need.keys & resident.keys())
+    wanted_bytes = device.budget_bytes if need.kept(device.budget_bytes, way) else need.bytes_in(way)
+    short_bytes = wanted_bytes - own_bytes - device.free_bytes
     chosen = []
     for key, weights_bytes in device.resident:
         if short_bytes <= 0:
@@ -61,7 +121,19 @@ def after(device: Device, need: Need, evicted: Iterable[str]) -> Device:
 
 def refusal(need: Need, devices: Iterable[Device]) -> str | None:
     """Why no device here could ever hold this, or None if one could."""
-    largest_bytes = max((device.budget_bytes for device in devices), default=0)
-    if need.total_bytes <= largest_bytes:
+    devices = list(devices)
+    if any(able(need, device) for device in devices):
         return None
-    return f"needs {need.total_bytes / GIB:.1f} GiB; the largest device here has {largest_bytes / GIB:.1f} GiB"
+    largest_bytes = max((device.budget_bytes for device in devices), default=0)
+    if need.total_bytes > largest_bytes:
+        return f"needs {need.total_bytes / GIB:.1f} GiB; the largest device here has {largest_bytes / GIB:.1f} GiB"
+    host_bytes = max((device.host_budget_bytes or 0 for device in devices), default=0)
+    return (
+        f"has a component of {largest(need) / GIB:.1f} GiB; "
+        f"host memory for the copies of weights is {host_bytes / GIB:.1f} GiB"
+    )
+
+
+def largest(need: Need) -> int:
+    """Bytes of the largest component."""
+    return max(need.sizes.values(), default=0)
