@@ -24,10 +24,11 @@ TICKS = 90_000
 GROUP = 16
 """Frames between two progress reports."""
 MP4 = {"movflags": "+faststart", "movie_timescale": str(TICKS)}
-X264 = {"crf": "17", "preset": "medium", "profile": "high"}
+X264 = {"crf": "17", "preset": "medium", "profile": "high", "bf": "0"}
+"""No B-frames: with them the MP4's length is wrong where the rate changes, since it is counted in decoding order."""
 BT709 = 1  # primaries, transfer and matrix have one number: ITU-T H.273
-COPIED_AUDIO = frozenset({"aac", "mp3"})
-"""Codecs that every browser plays in MP4; others become AAC."""
+COPIED_AUDIO = frozenset({"aac", "mp3", "mp3float"})
+"""By the decoder's name, what every browser plays in MP4; all else becomes AAC."""
 
 
 @dataclass(frozen=True)

@@ -91,15 +91,15 @@ def check_video_decodes(path: Path, limits: VideoLimits = LIMITS) -> VideoInfo:
 def first_frames(path: Path, size: Size, count: int, fps: float) -> list[Frame]:
     """Up to `count` frames of the video's start, `fps` of them a second, covering `size`. Reads no further."""
     frames: list[Frame] = []
+    previous: Frame | None = None
     with opened(path) as container:
-        previous: Frame | None = None
         for at_s, frame in timed(container):
-            while previous is not None and len(frames) / fps < at_s - EPSILON_S and len(frames) < count:
+            while previous is not None and len(frames) < count and len(frames) / fps < at_s - EPSILON_S:
                 frames.append(previous)
-            if len(frames) >= count:
-                break
+            if len(frames) == count:
+                return frames
             previous = covering(frame, size)
-        if previous is not None and len(frames) < count:
+        if previous is not None and len(frames) / fps < at_s + EPSILON_S:
             frames.append(previous)
     return frames
 
