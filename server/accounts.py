@@ -13,7 +13,7 @@ from sqlite_utils import Database
 
 from server import ledger
 from server.clock import iso, iso_or_none
-from server.errors import InvalidApiKey, KeyDisabled, KeyExpired, NotFound
+from server.errors import InvalidApiKey, InvalidBody, KeyDisabled, KeyExpired, NotFound
 from server.plans import UNLIMITED, Plan
 
 KEY_PREFIX = "bnp_"
@@ -107,7 +107,10 @@ def create_key(
 
 
 def permissions_of(scopes: Collection[str] | None) -> str | None:
-    """As Better Auth's plugin keeps permissions: actions by resource. Ours is one resource."""
+    """As Better Auth's plugin keeps permissions: actions by resource. Ours is one resource. Raises InvalidBody."""
+    for scope in set(scopes or ()) - set(SCOPES):
+        issue = {"path": "scopes", "message": f"there is no scope {scope!r}; there are {', '.join(SCOPES)}"}
+        raise InvalidBody(f"scopes: {issue['message']}", issues=[issue])
     return None if scopes is None else json.dumps({RESOURCE: sorted(scopes)})
 
 
@@ -121,15 +124,23 @@ def limit_columns(per_minute: int | None) -> dict[str, Any]:
     return {"rateLimitEnabled": per_minute is not None, "rateLimitTimeWindow": 60_000, "rateLimitMax": per_minute}
 
 
-def keys(db: Database, user_id: str | None = None) -> list[dict[str, Any]]:
+def key(db: Database, key_id: str) -> dict[str, Any]:
+    """One of `keys`. Raises NotFound."""
+    for row in keys(db, key_id=key_id):
+        return row
+    raise NotFound(f"No key {key_id!r}.")
+
+
+def keys(db: Database, user_id: str | None = None, key_id: str | None = None) -> list[dict[str, Any]]:
     """All keys, or one user's, without their hashes, oldest first."""
     return list(
         db.query(
             "SELECT apikey.id, apikey.name, start, enabled, lastRequest, expiresAt, apikey.createdAt, user.email,"
             " referenceId, permissions, rateLimitEnabled, rateLimitMax, rateLimitTimeWindow"
-            " FROM apikey JOIN user ON user.id = referenceId WHERE :user IS NULL OR user.id = :user"
+            " FROM apikey JOIN user ON user.id = referenceId WHERE (:user IS NULL OR user.id = :user)"
+            " AND (:key IS NULL OR apikey.id = :key)"
             " ORDER BY apikey.createdAt, apikey.rowid",
-            {"user": user_id},
+            {"user": user_id, "key": key_id},
         )
     )
 

@@ -9,7 +9,21 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.api import account, auth, auth_keys, auth_user, files, health, images, jobs, models, videos
+from server.api import (
+    account,
+    admin,
+    admin_books,
+    admin_keys,
+    auth,
+    auth_keys,
+    auth_user,
+    files,
+    health,
+    images,
+    jobs,
+    models,
+    videos,
+)
 from server.cors import Cors
 from server.envelope import BodyLimit, LateHeaders, RequestId
 from server.errors import BadRequest, InternalError, InvalidBody, MethodNotAllowed, NotFound, PlantainError
@@ -34,7 +48,7 @@ def create_app(services: Services) -> FastAPI:
         openapi_url="/api/openapi.json",
     )
     app.state.services = services
-    for routes in (images, videos, jobs, models, account, files, health):
+    for routes in (images, videos, jobs, models, account, files, health, admin, admin_keys, admin_books):
         app.include_router(routes.router)
     for auth_routes in (auth.router, auth_user.router, auth_keys.router, auth.nowhere):
         app.include_router(auth_routes)

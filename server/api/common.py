@@ -15,6 +15,7 @@ from server.gate import LOOK, MAKE, RUN_THE_SERVER, STOP
 from server.services import Services
 
 B = TypeVar("B", bound=BaseModel)
+Entrance = Callable[[Request, Services], Awaitable[Caller]]
 
 READING = frozenset({"GET", "HEAD"})
 
@@ -56,13 +57,13 @@ def base_url(request: Request, served: Served) -> str:
 BaseUrl = Annotated[str, Depends(base_url)]
 
 
-def body_of(cls: type[B]) -> Callable[[Request, Caller], Awaitable[B]]:
+def body_of(cls: type[B], entrance: Entrance = caller) -> Callable[[Request, Caller], Awaitable[B]]:
     """Reads the body as JSON whatever its content type says, as the hosted service does.
 
     Raises BadRequest or InvalidBody. The caller is asked for first: an unknown one learns nothing.
     """
 
-    async def read(request: Request, _: Authenticated) -> B:
+    async def read(request: Request, _: Annotated[Caller, Depends(entrance)]) -> B:
         try:
             return cls.model_validate(await _json(await request.body()))
         except ValidationError as error:

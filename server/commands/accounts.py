@@ -4,21 +4,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from sqlite_utils import Database
 
-from server import accounts, ledger
+from server import accounts, acts, audit, ledger
+from server.acts import Acting
+from server.clock import iso
 from server.errors import PlantainError
-from server.settings import Settings
+from server.plans import Plans
+from server.settings import Settings, SettingsError
 from server.store import Store
 
 Data = Annotated[Path, typer.Option("--data", envvar="PLANTAIN_DATA", help="The server's data folder.")]
 Email = Annotated[str, typer.Option("--user", help="The user's e-mail address.")]
+Role = Literal["user", "admin"]
+DATA = Path("data")
 OWNER = "owner@localhost"
+DAY_S = 86_400.0
 
 users = typer.Typer(no_args_is_help=True, help="Who may call.")
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
@@ -32,50 +38,96 @@ def register(app: typer.Typer) -> None:
 
 
 @users.command("create")
-def create_user(email: str, name: str = "", plan: str = "free", data: Data = Path("data")) -> None:
+def create_user(email: str, name: str = "", plan: str = "free", role: Role = "user", data: Data = DATA) -> None:
     """Add a user, with the sign-up credits, and print their first API key."""
-    with changing(data) as db:
-        user_id = accounts.create_user(db, name or email, email, time.time(), plan=plan)
-        typer.echo(accounts.create_key(db, user_id, "first", time.time()))
+    with acting(data) as it:
+        user_id = acts.create_user(it, email, name, plan=plans(data).known(plan), role=role)
+        typer.echo(acts.create_key(it, user_id, "first")[1])
 
 
 @users.command("list")
-def list_users(data: Data = Path("data")) -> None:
+def list_users(data: Data = DATA) -> None:
     """All users with their balances."""
     with changing(data) as db:
-        rows = list(db.query("SELECT email, name, role, plan, balance, createdAt FROM user ORDER BY createdAt"))
-    show(rows, ["email", "name", "role", "plan", "balance", "createdAt"])
+        rows = list(db.query("SELECT *, iif(banned, 'banned', '') AS ban FROM user ORDER BY createdAt"))
+    show(rows, ["email", "name", "role", "plan", "balance", "ban", "createdAt"])
+
+
+@users.command("change")
+def change_user(
+    email: str, plan: str | None = None, role: Annotated[Role | None, typer.Option()] = None, data: Data = DATA
+) -> None:
+    """Give a user another plan or role."""
+    with acting(data) as it:
+        changes = {"plan": plan and plans(data).known(plan), "role": role}
+        user_id = accounts.user_by_email(it.db, email)
+        acts.change_user(it, user_id, **{name: value for name, value in changes.items() if value})
+
+
+@users.command("ban")
+def ban_user(email: str, reason: str | None = None, data: Data = DATA) -> None:
+    """Their sessions end and their keys open nothing, at once."""
+    with acting(data) as it:
+        acts.ban(it, accounts.user_by_email(it.db, email), reason)
+
+
+@users.command("unban")
+def unban_user(email: str, data: Data = DATA) -> None:
+    """Let a user in again."""
+    with acting(data) as it:
+        acts.unban(it, accounts.user_by_email(it.db, email))
 
 
 @keys.command("create")
-def create_key(user: Email = OWNER, name: str | None = None, data: Data = Path("data")) -> None:
+def create_key(
+    user: Email = OWNER,
+    name: str | None = None,
+    scope: Annotated[list[str] | None, typer.Option(help="generate, read or admin; repeatable. [all]")] = None,
+    per_minute: Annotated[int | None, typer.Option(min=1, help="Requests a minute, beside the plan's.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, help="Until it expires. [never]")] = None,
+    data: Data = DATA,
+) -> None:
     """Make a key and print it: it cannot be shown again."""
-    with changing(data) as db:
-        typer.echo(accounts.create_key(db, accounts.user_by_email(db, user), name, time.time()))
+    with acting(data) as it:
+        user_id = accounts.user_by_email(it.db, user)
+        expires_at = None if days is None else it.now + days * DAY_S
+        typer.echo(acts.create_key(it, user_id, name, expires_at=expires_at, scopes=scope, per_minute=per_minute)[1])
 
 
 @keys.command("list")
-def list_keys(data: Data = Path("data")) -> None:
+def list_keys(data: Data = DATA) -> None:
     """All keys, by their first letters."""
     with changing(data) as db:
         rows = accounts.keys(db)
     for row in rows:
         row["works"] = "yes" if row["enabled"] else "revoked"
-    show(rows, ["id", "email", "name", "start", "works", "lastRequest", "createdAt"])
+        row["scopes"] = " ".join(sorted(accounts.scopes_of(row["permissions"]) or ()))
+        row["a minute"] = row["rateLimitMax"] if row["rateLimitEnabled"] else None
+    show(rows, ["id", "email", "name", "start", "works", "scopes", "a minute", "lastRequest", "expiresAt", "createdAt"])
 
 
 @keys.command("revoke")
-def revoke_key(key_id: str, data: Data = Path("data")) -> None:
+def revoke_key(key_id: str, data: Data = DATA) -> None:
     """The key stops working at once."""
-    with changing(data) as db:
-        accounts.revoke_key(db, key_id, time.time())
+    with acting(data) as it:
+        acts.revoke_key(it, key_id)
 
 
 @credits_.command("grant")
-def grant(amount: int, user: Email = OWNER, note: str = "granted", data: Data = Path("data")) -> None:
+def grant(amount: int, user: Email = OWNER, note: str = "granted", data: Data = DATA) -> None:
     """Give credits (a negative number takes them back) and print the new balance."""
+    with acting(data) as it:
+        typer.echo(acts.grant(it, accounts.user_by_email(it.db, user), amount, note))
+
+
+@credits_.command("ledger")
+def show_ledger(user: Email = OWNER, limit: int = 30, data: Data = DATA) -> None:
+    """What a user was given, paid and got back, the newest first."""
     with changing(data) as db:
-        typer.echo(ledger.grant(db, accounts.user_by_email(db, user), amount, note, time.time()))
+        rows = ledger.entries(db, accounts.user_by_email(db, user), None, limit)
+    for row in rows:
+        row["at"] = iso(row["created_at"])
+    show(rows, ["id", "kind", "amount", "balance", "job_id", "note", "at"])
 
 
 @contextmanager
@@ -88,11 +140,22 @@ def changing(data: Path) -> Iterator[Database]:
     try:
         with store.atomic() as db:
             yield db
-    except PlantainError as error:
-        Console(stderr=True).print(f"[red]{error.message}[/red]")
+    except (PlantainError, SettingsError) as error:
+        Console(stderr=True).print(f"[red]{error}[/red]")
         raise typer.Exit(1) from None
     finally:
         store.close()
+
+
+@contextmanager
+def acting(data: Path) -> Iterator[Acting]:
+    """As `changing`, for what is written into the audit log."""
+    with changing(data) as db:
+        yield Acting(db, audit.COMMAND_LINE, time.time())
+
+
+def plans(data: Path) -> Plans:
+    return Plans.load(Settings(data=data).plans_toml)
 
 
 def show(rows: list[dict[str, object]], columns: list[str]) -> None:

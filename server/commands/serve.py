@@ -43,21 +43,20 @@ def serve(
     settings = Settings(**{**from_environment(), **{k: v for k, v in chosen.items() if v is not None}})  # type: ignore[arg-type]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    lock = lock_data(settings.data)
-    made = _make(settings)
-    config = uvicorn.Config(
-        create_app(made),
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        timeout_graceful_shutdown=SHUTDOWN_S,
-        server_header=False,
-    )
-    listener = config.bind_socket()  # before the greeting says that it listens
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it for sockets it did not make
-    _greet(settings, made)
-    uvicorn.Server(config).run([listener])
-    lock.close()
+    with lock_data(settings.data):
+        made = _make(settings)
+        config = uvicorn.Config(
+            create_app(made),
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            timeout_graceful_shutdown=SHUTDOWN_S,
+            server_header=False,
+        )
+        listener = config.bind_socket()  # before the greeting says that it listens
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it for sockets it did not make
+        _greet(settings, made)
+        uvicorn.Server(config).run([listener])
 
 
 def _make(settings: Settings) -> services.Services:
