@@ -156,6 +156,17 @@ def test_the_command_line(tmp_path: Path, theirs: Theirs):
     assert CliRunner().invoke(app, [*call[:2], "nowhere.sqlite", *call[3:]]).exit_code == 2
 
 
+def test_the_owner_may_be_given_a_password(tmp_path: Path):
+    store = Store(tmp_path / "plantain.sqlite")
+    accounts.create_owner(store.db, NOW)
+    call = ["users", "password", "owner@localhost", "--data", str(tmp_path)]
+    assert CliRunner().invoke(app, call, input="short\nshort\n").exit_code == 2
+    assert CliRunner().invoke(app, call, input="long enough\nlong enough\n").exit_code == 0
+    row = find(store.db, "owner@localhost")
+    assert row and passwords.check_password(row["password"], "long enough")
+    store.close()
+
+
 def test_a_real_servers_users_go_on_as_before(tmp_path: Path, theirs: Theirs, monkeypatch: pytest.MonkeyPatch):
     auth_server.installed()
     ours = passwords.hash_password("made here")

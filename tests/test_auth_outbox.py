@@ -63,7 +63,7 @@ def mail_server() -> Iterator[tuple[str, list[str]]]:
 
 def send(box: Outbox, mail: Mail = MAIL) -> None:
     async def tell() -> None:
-        box.send(mail)
+        box.begin(box.send(mail))
         await box.settle()
 
     asyncio.run(tell())
@@ -103,6 +103,19 @@ def test_without_a_mail_server_mails_lie_in_a_file_for_the_operator(
     assert [(line["to"], line["text"]) for line in lines] == [(MAIL.to, MAIL.text)] * 2
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert "outbox.log" in caplog.text and "verysecret" not in caplog.text
+
+
+def test_work_that_breaks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    async def tell() -> None:
+        async def breaks() -> None:
+            raise RuntimeError("nobody asked")
+
+        box = outbox.from_settings(Settings(data=tmp_path))
+        box.begin(breaks())
+        await box.settle()
+
+    asyncio.run(tell())
+    assert "A mail could not be made: RuntimeError" in caplog.text
 
 
 def test_no_header_can_be_slipped_in():

@@ -23,6 +23,7 @@ CHANGE_PASSWORD = {"currentPassword": "string", "newPassword": "string", "revoke
 DELETE = {"password": "string?", "token": "string?", "callbackURL": "string?"}
 RESET = {"newPassword": "string", "token": "string?"}
 SENT = "If this email exists in our system, check your email for the reset link"
+SUBJECT = "Reset your password"
 RESET_TEXT = """Somebody, hopefully you, asked to reset your password at {address}.
 
 To choose a new one within the next hour, open
@@ -75,10 +76,7 @@ async def request_password_reset(request: Request, served: Served) -> JSONRespon
     """The same answer, as soon, whether there is such a user or not. Clients of 1.3 know it by its first name."""
     body = await bodies.read(request, {"email": "email", "redirectTo": "string?"})
     origins.check_redirect(body.get("redirectTo"), "redirectTo", origins.for_redirects(served.settings))
-    user = await served.store.call(credentials.find, served.store.db, body["email"])
-    if user:
-        token = await in_transaction(served, credentials.open_reset, user["id"], served.clock())
-        served.auth.outbox.send(_reset_mail(served, user["email"], token, body.get("redirectTo")))
+    served.auth.outbox.begin(_mail_reset(served, body["email"], body.get("redirectTo")))
     return JSONResponse({"status": True, "message": SENT})
 
 
@@ -161,11 +159,14 @@ async def _check_password(served: Services, session: Session, password: str) -> 
         raise invalid_password()
 
 
-def _reset_mail(served: Services, to: str, token: str, redirect_to: str | None) -> Mail:
+async def _mail_reset(served: Services, email: str, redirect_to: str | None) -> None:
+    user: dict[str, Any] | None = await served.store.call(credentials.find, served.store.db, email)
+    if user is None:
+        return
+    token = await in_transaction(served, credentials.open_reset, user["id"], served.clock())
     address = origins.address_of(served.settings)
-    callback = quote(redirect_to or "/", safe="")
-    link = f"{address}{PREFIX}/reset-password/{token}?callbackURL={callback}"
-    return Mail(to, "Reset your password", RESET_TEXT.format(address=address, link=link))
+    link = f"{address}{PREFIX}/reset-password/{token}?callbackURL={quote(redirect_to or '/', safe='')}"
+    await served.auth.outbox.send(Mail(user["email"], SUBJECT, RESET_TEXT.format(address=address, link=link)))
 
 
 def _with_query(url: str, more: dict[str, str]) -> str:

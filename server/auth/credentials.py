@@ -52,6 +52,13 @@ def set_password(db: Database, user_id: str, password: str, now: float) -> None:
     )
 
 
+def choose_password(db: Database, user_id: str, password: str, now: float) -> None:
+    """With a new password all sessions end: it may have been chosen because somebody else knew the old one."""
+    set_password(db, user_id, password, now)
+    db.execute("DELETE FROM verification WHERE value = ?", [user_id])
+    session_rows.revoke_all(db, user_id)
+
+
 def update_user(db: Database, user_id: str, changes: Mapping[str, str | None], now: float) -> None:
     db.table("user").update(user_id, {**changes, "updatedAt": iso(now)})
 
@@ -84,15 +91,13 @@ def is_reset_open(db: Database, token: str, now: float) -> bool:
 
 
 def reset_password(db: Database, token: str, password: str, now: float) -> None:
-    """Uses the token up, and ends every session: whoever resets a password may do so because somebody else knows it."""
+    """Uses the token up. Raises AuthError for one that was, or that is too old."""
     rows = db.query(
         "DELETE FROM verification WHERE identifier = ? AND expiresAt > ? RETURNING value",
         [_identifier(token), iso(now)],
     )
     for row in list(rows):
-        set_password(db, row["value"], password, now)
-        db.execute("DELETE FROM verification WHERE value = ?", [row["value"]])
-        return session_rows.revoke_all(db, row["value"])
+        return choose_password(db, row["value"], password, now)
     raise invalid_token()
 
 

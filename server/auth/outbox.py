@@ -6,11 +6,12 @@ import logging
 import os
 import smtplib
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from server.settings import Settings
@@ -32,26 +33,32 @@ Deliver = Callable[[Mail], None]
 
 
 class Outbox:
-    """Sends behind the answer's back: how long a mail takes must not tell who has an account."""
+    """Mails, and the work that leads to them, go on behind the answer's back: its time must not tell who is known."""
 
     def __init__(self, deliver: Deliver) -> None:
         self._deliver = deliver
         self._under_way: set[asyncio.Task[None]] = set()
 
-    def send(self, mail: Mail) -> None:
-        task = asyncio.get_running_loop().create_task(self._send(mail))
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        task.add_done_callback(self._ended)
 
-    async def settle(self) -> None:
-        """Until all that was given to `send` is out."""
-        await asyncio.gather(*self._under_way)
-
-    async def _send(self, mail: Mail) -> None:
+    async def send(self, mail: Mail) -> None:
         try:
             await asyncio.to_thread(self._deliver, mail)
         except OSError as error:
             log.error("The mail %r could not be sent: %s", mail.subject, type(error).__name__)
+
+    async def settle(self) -> None:
+        """Until all that was begun has ended."""
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("A mail could not be made: %s", type(error).__name__, exc_info=error)
 
 
 def from_settings(settings: Settings) -> Outbox:

@@ -51,8 +51,9 @@ class Session:
 def open_session(
     db: Database, secret: Secret, user_id: str, now: float, *, address: str, agent: str, remember: bool = True
 ) -> str:
-    """Returns the new session's token."""
+    """Returns the new session's token. The user's dead sessions are swept out on the way."""
     token, session_id = random_token(), random_id()
+    db.execute("DELETE FROM session WHERE userId = ? AND expiresAt <= ?", [user_id, iso(now)])
     db.table("session").insert(
         {
             "id": session_id,
