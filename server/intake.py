@@ -98,7 +98,7 @@ class Intake:
         model = self._model(kind, body)
         order = Order(caller, model, workflow_of(model, body, self.shelf.catalog), body, claim)
         chosen = read_route(route, self.route)
-        place = choose(model, order.workflow, chosen, self.shelf, self.desk)
+        place = choose(model, order.workflow, chosen, self.shelf, self.desk, body.given.get("resolution"))
         inputs = Inputs()
         try:
             await self._store(body, own_bases, inputs)

@@ -85,11 +85,11 @@ class FakeFal:
         if refused := self._refusal(request, "status"):
             return refused
         job = self._job(request)
-        job.looks += 1
+        job.looks += not self.hold
         if job.cancelled:
             ended = {"status": "COMPLETED", "logs": None, "metrics": {}, "error_type": "client_cancelled"}
             return JSONResponse(ended | self._urls(job))
-        if self.hold or job.looks == 1:
+        if job.looks <= 1:
             return JSONResponse({"status": "IN_QUEUE", "queue_position": 2, **self._urls(job)}, 202)
         if job.looks == 2:
             return JSONResponse({"status": "IN_PROGRESS", "logs": [LOG], **self._urls(job)}, 202)
@@ -103,7 +103,7 @@ class FakeFal:
             return refused
         if job.cancelled:
             return JSONResponse({"detail": "Request was cancelled", "error_type": "client_cancelled"}, 499)
-        if self.hold or job.looks < 3:
+        if job.looks < 3:
             return JSONResponse({"detail": "Request is still in progress"}, 400)
         return JSONResponse(self.result, headers=_id(job))
 

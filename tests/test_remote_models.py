@@ -165,7 +165,7 @@ def test_a_seed_is_chosen_where_fal_would_not_tell_it(house: RemoteHouse):
     [
         ("kling-1.6", {"duration": 7}, "duration: Kling 1.6 Pro makes 5 or 10 seconds, not 7"),
         ("veo-3.1", {"aspectRatio": "1:1"}, "Veo 3.1 has no aspect ratio 1:1; it has 16:9, 9:16."),
-        ("sora-2", {"resolution": "8k"}, "resolution: Sora 2 has 720p, not 8k"),
+        ("sora-2", {"resolution": "8k"}, "Sora 2 has no resolution 8k; it has 720p."),
         ("kling-1.6", {"imageUrls": [INPUTS["<image>"]] * 3},
          "imageUrls: Kling 1.6 Pro takes at most 2 images for image-to-video"),
         ("kling-1.6", {"workflow": "lip-sync"}, "videoUrl: lip-sync needs a video"),

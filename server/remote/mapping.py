@@ -15,7 +15,7 @@ from pydantic.alias_generators import to_camel
 from pipelines.catalog import Catalog, Model
 from pipelines.endpoints import Endpoint
 from pipelines.params import Body
-from server.errors import InvalidBody, UnsupportedAspectRatio
+from server.errors import InvalidBody, UnsupportedAspectRatio, UnsupportedResolution
 from server.remote.errors import UnsupportedDuration
 
 MAX_CHOSEN_SEED = 2**31 - 1
@@ -118,6 +118,9 @@ def _check(model: Model, endpoint: Endpoint, given: Mapping[str, Any]) -> None:
         )
     for name, choices in endpoint.choices.items():
         if name in given and given[name] not in choices:
+            if name == "resolution":
+                told = f"{model.name} has no resolution {given[name]}; it has {_list(choices)}."
+                raise UnsupportedResolution(told, resolution=given[name], resolutions=list(choices))
             raise _invalid(to_camel(name), f"{model.name} has {_list(choices)}, not {given[name]}")
 
 

@@ -26,7 +26,9 @@ def read_route(header: str | None, setting: Route) -> Route:
     return setting if setting == "local-only" else cast(Route, asked)
 
 
-def choose(model: Model, workflow: str, route: Route, shelf: Shelf, desk: Desk) -> Place:
+def choose(
+    model: Model, workflow: str, route: Route, shelf: Shelf, desk: Desk, resolution: str | None = None
+) -> Place:
     """Where to run it; whatever stands against that place is raised.
 
     1. `remote-only`: at fal.
@@ -36,7 +38,7 @@ def choose(model: Model, workflow: str, route: Route, shelf: Shelf, desk: Desk) 
     """
     if route == "remote-only":
         return _at_fal(model, workflow, desk)
-    trouble = why_not_here(model, workflow, shelf)
+    trouble = why_not_here(model, workflow, shelf, resolution)
     if trouble is None:
         return "local"
     if route == "prefer-local" and workflow in model.remote and (desk.connected or not could_run_here(model, workflow)):
@@ -54,11 +56,11 @@ def could_run_here(model: Model, workflow: str) -> bool:
     return bool(model.weights or model.variants) and workflow in PARAMS
 
 
-def why_not_here(model: Model, workflow: str, shelf: Shelf) -> PlantainError | None:
+def why_not_here(model: Model, workflow: str, shelf: Shelf, resolution: str | None) -> PlantainError | None:
     if model.runs_on != "fal" and workflow not in PARAMS:
         return UnsupportedWorkflow(f"{workflow} does not run on this server, only at fal.ai.", workflow=workflow)
     try:
-        shelf.weights(shelf.chosen(model, workflow))
+        shelf.weights(shelf.chosen(model, workflow, resolution))
     except PlantainError as error:
         return error
     return None
