@@ -8,9 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
 
+from server.api import auth, auth_keys, auth_user
 from server.auth.session_rows import DAY_S
 from server.clock import iso
+from server.settings import PROJECT
 from tests.front import NOW, Front, told
 
 PASSWORD = "correct horse"
@@ -154,6 +157,14 @@ async def test_attempts_to_sign_in_are_limited(it: Front) -> None:
     assert answers[3].json()["message"] == "Too many requests. Please try again later."
     it.clock.now += 10
     assert (await client.post("/api/auth/sign-in/email", json=body)).status_code == 401
+
+
+def test_every_route_is_in_the_docs():
+    told = (PROJECT / "docs" / "auth.md").read_text()
+    for module in (auth, auth_user, auth_keys):
+        for route in module.router.routes:
+            assert isinstance(route, APIRoute)
+            assert f"`{min(route.methods)} {route.path}`" in told, route.path
 
 
 @pytest.mark.parametrize(
