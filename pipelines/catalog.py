@@ -140,6 +140,7 @@ class Model:
     variants: Mapping[str, tuple["Model", ...]] = field(default_factory=dict)
     remote: Mapping[str, str] = field(default_factory=dict)
     retired: Retired | None = None
+    weights_gib: float | None = None
 
     @property
     def runs_on(self) -> Literal["local", "fal", "both"]:

@@ -73,6 +73,11 @@ class Endpoint:
     returns_seed: bool = True
 
     @property
+    def serves_any_model(self) -> bool:
+        """A service for any video, which does not end with the model that it is offered under."""
+        return bool(self.audio_field)
+
+    @property
     def holds_images(self) -> int:
         """How many input images one call can carry."""
         return self.most_images if self.images_field else len(self.image_fields)

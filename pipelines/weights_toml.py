@@ -114,6 +114,7 @@ def read_model(name: str, table: Table, families: Mapping[str, dict[str, Any]], 
         weights=read_source(table.table("weights")) if "weights" in table.left else None,
         remote=table.mapping("remote", str),
         retired=read_retired(table.table("retired")) if "retired" in table.left else None,
+        weights_gib=table.take("weights_gib", float, None),
     )
     table.done()
     check_model(table.where, model, has_variants)

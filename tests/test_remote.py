@@ -61,7 +61,7 @@ LOCKED = {"detail": "User is locked. Reason: Exhausted balance. Top up your bala
         ("submit", 401, {"detail": "No user found for Key ID"}, "REMOTE_KEY_REFUSED", 503, "refused this server's key"),
         ("submit", 403, {"detail": "Forbidden"}, "REMOTE_KEY_REFUSED", 503, "refused this server's key"),
         ("submit", 403, LOCKED, "REMOTE_BALANCE_EXHAUSTED", 503, "Exhausted balance"),
-        ("submit", 404, GONE, "ENDPOINT_GONE", 410, "fal.ai no longer has Flux Pro"),
+        ("submit", 404, GONE, "ENDPOINT_GONE", 410, "fal.ai no longer has fal-ai/flux-pro/v1.1 for Flux Pro"),
         ("result", 422, {"detail": POLICY}, "CONTENT_POLICY", 422, "Flux Pro refused the content: not this"),
         ("result", 422, {"detail": TOO_SMALL}, "INVALID_FOR_MODEL", 422, "aspectRatio: too small"),
         ("submit", 422, {"detail": TOO_SMALL}, "INVALID_FOR_MODEL", 422, "aspectRatio: too small"),

@@ -36,16 +36,16 @@ def fault(response: httpx.Response, model: Model, endpoint: Endpoint) -> Plantai
     if isinstance(detail, list):
         return _of_model(detail, model, endpoint)
     text = str(detail or f"status {response.status_code}")
-    return _of_platform(response, str((body or {}).get("error_type", "")), text, model)
+    return _of_platform(response, str((body or {}).get("error_type", "")), text, model, endpoint)
 
 
-def _of_platform(response: httpx.Response, kind: str, text: str, model: Model) -> PlantainError:
+def _of_platform(response: httpx.Response, kind: str, text: str, model: Model, endpoint: Endpoint) -> PlantainError:
     status = response.status_code
     kind = kind or response.headers.get("x-fal-error-type", "")
     if status == 404 and FORGOTTEN.search(text):
         return RemoteFailed("fal.ai no longer knows the job.")
     if status in (404, 410) or (status < 500 and ENDED.search(text)):
-        return gone(model, text)
+        return gone(model, endpoint, text)
     if status in (402, 403) and LOCKED.search(text):
         return BalanceExhausted(f"The operator's account at fal.ai is locked, its balance exhausted: {text}")
     if status in (401, 403):
@@ -58,7 +58,7 @@ def _of_platform(response: httpx.Response, kind: str, text: str, model: Model) -
         return GenerationTimeout(f"fal.ai ran out of time: {text}")
     if status == 422:
         return InputRefused(f"{model.name} refused the input: {text}", issues=[{"path": "", "message": text}])
-    return failed(model, f"fal.ai failed with {status}: {text}")
+    return failed(model, endpoint, f"fal.ai failed with {status}: {text}")
 
 
 def _of_model(detail: list[Any], model: Model, endpoint: Endpoint) -> PlantainError:
@@ -71,17 +71,18 @@ def _of_model(detail: list[Any], model: Model, endpoint: Endpoint) -> PlantainEr
     if "generation_timeout" in kinds:
         return GenerationTimeout(f"{model.name} ran out of time at fal.ai: {text}")
     if not problems or kinds & THEIR_FAULT:
-        return failed(model, f"fal.ai failed: {text}")
+        return failed(model, endpoint, f"fal.ai failed: {text}")
     names = names_of_ours(endpoint)
     issues = [{"path": _path(each, names), "message": str(each.get("msg", ""))} for each in problems]
     told = "; ".join(f"{issue['path'] or 'input'}: {issue['message']}" for issue in issues)
     return InputRefused(f"{model.name} refused the input: {told}", issues=issues)
 
 
-def gone(model: Model, text: str) -> EndpointGone:
+def gone(model: Model, endpoint: Endpoint, text: str) -> EndpointGone:
     """With the day that the model's maker ended it, and what they name in its place, where that is known."""
-    if model.retired is None:
-        return EndpointGone(f"fal.ai no longer has {model.name}: {text}", model=model.id, retired=None)
+    if model.retired is None or endpoint.serves_any_model:
+        told = f"fal.ai no longer has {endpoint.id} for {model.name}: {text}"
+        return EndpointGone(told, model=model.id, retired=None)
     told = f"{model.name} was retired on {model.retired.date}."
     if model.retired.successor:
         told += f" Its successor is {model.retired.successor}."
@@ -89,8 +90,9 @@ def gone(model: Model, text: str) -> EndpointGone:
     return EndpointGone(told, model=model.id, retired=retired)
 
 
-def failed(model: Model, text: str) -> RemoteFailed:
-    hint = f" {model.name} was to be retired on {model.retired.date}." if model.retired else ""
+def failed(model: Model, endpoint: Endpoint, text: str) -> RemoteFailed:
+    retired = None if endpoint.serves_any_model else model.retired
+    hint = f" {model.name} was to be retired on {retired.date}." if retired else ""
     return RemoteFailed(f"{text}{'' if text.endswith('.') else '.'}{hint}")
 
 

@@ -20,13 +20,14 @@ def make(settings: Settings, catalog: Catalog, files: Files, clock: Clock, timin
     guard = Guard(settings.allowed_networks)
     timing = timing or Timing(deadline_s=settings.remote_deadline_s)
     collector = Collector(files, guard, settings.pass_through_urls, timing.retry_s)
-    if why_not := _why_not(settings):
-        return Desk(catalog, collector, None, timing, clock, why_not)
+    if trouble := why_not(settings):
+        return Desk(catalog, collector, None, timing, clock, trouble)
     connection = Connection.open(settings.fal_key or "", settings.fal_queue_url, settings.fal_rest_url)
     return Desk(catalog, collector, Storage(connection, guard), timing, clock)
 
 
-def _why_not(settings: Settings) -> str:
+def why_not(settings: Settings) -> str:
+    """Why nothing can be sent to fal; empty if it can."""
     if settings.offline:
         return OFFLINE
     if settings.route == "local-only":

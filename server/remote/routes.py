@@ -26,9 +26,7 @@ def read_route(header: str | None, setting: Route) -> Route:
     return setting if setting == "local-only" else cast(Route, asked)
 
 
-def choose(
-    model: Model, workflow: str, route: Route, shelf: Shelf, desk: Desk, resolution: str | None = None
-) -> Place:
+def choose(model: Model, workflow: str, route: Route, shelf: Shelf, desk: Desk, resolution: str | None = None) -> Place:
     """Where to run it; whatever stands against that place is raised.
 
     1. `remote-only`: at fal.
