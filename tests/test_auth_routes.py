@@ -11,6 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from server.api import auth, auth_keys, auth_user
+from server.auth import credentials
 from server.auth.session_rows import DAY_S
 from server.clock import iso
 from server.settings import PROJECT
@@ -145,6 +146,24 @@ async def test_a_banned_user_is_out_at_once_until_the_ban_ends(it: Front) -> Non
     assert (refused.status_code, refused.json()["code"]) == (403, "BANNED_USER")
     it.clock.now = NOW + 61
     assert (await it.client().post("/api/auth/sign-in/email", json=BODY)).status_code == 200
+
+
+@told(limit_sign_in=False)
+async def test_a_password_that_is_changed_while_it_is_checked_opens_nothing(it: Front) -> None:
+    await signed_up(it)
+    user = credentials.find(it.db, BODY["email"])
+    assert user
+    checked = it.services.auth.passwords.matches
+
+    async def checks_slowly(stored: str | None, password: str) -> bool:
+        matched = await checked(stored, password)
+        credentials.choose_password(it.db, user["id"], "another hash", NOW)
+        return matched
+
+    it.services.auth.passwords.matches = checks_slowly  # type: ignore[method-assign]
+    refused = await it.client().post("/api/auth/sign-in/email", json=BODY)
+    assert (refused.status_code, refused.json()["code"]) == (401, "INVALID_EMAIL_OR_PASSWORD")
+    assert it.rows("SELECT * FROM session") == []
 
 
 @told()

@@ -11,7 +11,7 @@ from server import accounts
 from server.api.common import Served
 from server.auth import bodies, credentials, key_rows, origins, session_rows, sessions
 from server.auth.errors import AuthError, banned, invalid_credentials
-from server.auth.guard import PREFIX, SignedIn, check_email, check_fields, check_new_password, guard, open_session
+from server.auth.guard import PREFIX, SignedIn, check_email, check_fields, check_new_password, guard
 from server.auth.shapes import key_session_json, session_json, user_json
 from server.auth.transaction import in_transaction
 from server.errors import PlantainError
@@ -50,7 +50,8 @@ async def sign_up(request: Request, served: Served) -> JSONResponse:
     user_id = await in_transaction(
         served, credentials.sign_up, body["name"], body["email"], body.get("image"), password, served.clock()
     )
-    token = await open_session(request, served, user_id, remember=body.get("rememberMe", True))
+    opening = sessions.opening(request, remember=body.get("rememberMe", True))
+    token = await sessions.open_session(request, served, user_id, opening)
     user = await served.store.call(accounts.user, served.store.db, user_id)
     return JSONResponse({"token": token, "user": user_json(user)})
 
@@ -65,9 +66,11 @@ async def sign_in(request: Request, served: Served) -> JSONResponse:
     stored = user["password"] if user else None
     if not await served.auth.passwords.matches(stored, body["password"]) or not user:
         raise invalid_credentials()
-    if session_rows.is_banned(user, served.clock()):
-        raise banned()
-    token = await open_session(request, served, user["id"], remember=body.get("rememberMe", True))
+    opening = sessions.opening(request, remember=body.get("rememberMe", True))
+    token = await in_transaction(
+        served, credentials.enter, served.auth.secret, user["id"], user["password"], served.clock(), **opening
+    )
+    sessions.give(request, served, token, remember=opening["remember"])
     url = {"url": body["callbackURL"]} if body.get("callbackURL") else {}
     answer = {"redirect": bool(url), "token": token, **url, "user": user_json(user)}
     return JSONResponse(answer, headers={"Location": quote(url["url"], safe=SAFE_IN_URLS)} if url else None)

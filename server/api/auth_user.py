@@ -8,9 +8,9 @@ from fastapi.responses import JSONResponse, Response
 
 from server import accounts
 from server.api.common import Served
-from server.auth import bodies, credentials, origins, session_rows, sessions
+from server.auth import bodies, credentials, origins, sessions
 from server.auth.errors import AuthError, invalid_body, invalid_password, invalid_token, no_fields
-from server.auth.guard import PREFIX, SignedIn, check_fields, check_new_password, guard, open_session
+from server.auth.guard import PREFIX, SignedIn, check_fields, check_new_password, guard
 from server.auth.outbox import Mail
 from server.auth.session_rows import Session
 from server.auth.shapes import account_json, user_json
@@ -54,11 +54,14 @@ async def change_password(request: Request, session: SignedIn, served: Served) -
     check_new_password(body["newPassword"])
     await _check_password(served, session, body["currentPassword"])
     password = await served.auth.passwords.hash(body["newPassword"])
-    await in_transaction(served, credentials.set_password, session.user_id, password, served.clock())
+    ends_sessions = body.get("revokeOtherSessions", False)
+    change = credentials.choose_password if ends_sessions else credentials.set_password
+    await in_transaction(served, change, session.user_id, password, served.clock())
     token = None
-    if body.get("revokeOtherSessions"):
-        await served.store.call(session_rows.revoke_all, served.store.db, session.user_id)
-        token = await open_session(request, served, session.user_id)
+    if ends_sessions:
+        token = await sessions.open_session(
+            request, served, session.user_id, sessions.opening(request, remember=not session.is_short)
+        )
     user = await served.store.call(accounts.user, served.store.db, session.user_id)
     return JSONResponse({"token": token, "user": user_json(user)})
 

@@ -2,14 +2,15 @@
 
 import sqlite3
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from sqlite_utils import Database
 
 from server import accounts
 from server.auth import session_rows
-from server.auth.errors import AuthError, invalid_token
-from server.auth.secret import hash_of, random_token
+from server.auth.errors import AuthError, banned, invalid_credentials, invalid_token
+from server.auth.secret import Secret, hash_of, random_token
+from server.auth.session_rows import Opening
 from server.clock import iso
 
 PROVIDER = "credential"
@@ -40,6 +41,19 @@ def find(db: Database, email: str) -> dict[str, Any] | None:
 
 def of_user(db: Database, user_id: str) -> dict[str, Any] | None:
     return _first(db, "user.id = ?", user_id)
+
+
+def enter(db: Database, secret: Secret, user_id: str, password: str, now: float, **session: Unpack[Opening]) -> str:
+    """Returns a new session's token. Raises AuthError.
+
+    `password` is the hash that was found to match: it took a while, and may have been changed since, to lock this out.
+    """
+    user = of_user(db, user_id)
+    if user is None or user["password"] != password:
+        raise invalid_credentials()
+    if session_rows.is_banned(user, now):
+        raise banned()
+    return session_rows.open_session(db, secret, user_id, now, **session)
 
 
 def set_password(db: Database, user_id: str, password: str, now: float) -> None:

@@ -6,12 +6,10 @@ from fastapi import Depends
 from starlette.requests import Request
 
 from server.api.common import Served
-from server.auth import bodies, origins, session_rows, sessions
+from server.auth import bodies, origins, sessions
 from server.auth.errors import AuthError, too_many, unauthorized
 from server.auth.passwords import LONGEST, SHORTEST, length_of
 from server.auth.session_rows import Session
-from server.auth.transaction import in_transaction
-from server.services import Services
 
 PREFIX = "/api/auth"
 SIGNING_IN = {"/sign-in/email", "/sign-up/email"}
@@ -55,12 +53,3 @@ def check_fields(body: dict[str, object]) -> None:
     for name in ("role", "banned", "banReason", "banExpires"):
         if name in body:
             raise AuthError(400, "FIELD_NOT_ALLOWED", f"{name} is not allowed to be set")
-
-
-async def open_session(request: Request, served: Services, user_id: str, *, remember: bool = True) -> str:
-    """A new session of a user who has just shown who they are; its cookie goes with the answer."""
-    client = sessions.client_of(request)
-    secret, now = served.auth.secret, served.clock()
-    token = await in_transaction(served, session_rows.open_session, secret, user_id, now, remember=remember, **client)
-    sessions.give(request, served, token, remember=remember)
-    return token

@@ -9,7 +9,7 @@ Each function is part of its caller's transaction, or one statement.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from sqlite_utils import Database
 
@@ -48,22 +48,28 @@ class Session:
         return not self.is_short and self.expires_at - LIVES_S + RENEWED_AFTER_S <= now
 
 
-def open_session(
-    db: Database, secret: Secret, user_id: str, now: float, *, address: str, agent: str, remember: bool = True
-) -> str:
+class Opening(TypedDict):
+    """From where a session is opened, and for how long."""
+
+    address: str
+    agent: str
+    remember: bool
+
+
+def open_session(db: Database, secret: Secret, user_id: str, now: float, **opening: Unpack[Opening]) -> str:
     """Returns the new session's token. The user's dead sessions are swept out on the way."""
     token, session_id = random_token(), random_id()
     db.execute("DELETE FROM session WHERE userId = ? AND expiresAt <= ?", [user_id, iso(now)])
     db.table("session").insert(
         {
             "id": session_id,
-            "expiresAt": iso(now + (LIVES_S if remember else SHORT_S)),
+            "expiresAt": iso(now + (LIVES_S if opening["remember"] else SHORT_S)),
             "token": hash_of(token),
             "sealed": secret.seal(token, session_id),
             "createdAt": iso(now),
             "updatedAt": iso(now),
-            "ipAddress": address,
-            "userAgent": agent,
+            "ipAddress": opening["address"],
+            "userAgent": opening["agent"],
             "userId": user_id,
         }
     )

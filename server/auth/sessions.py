@@ -5,7 +5,8 @@ from starlette.requests import Request
 from server.accounts import KEY_PREFIX, Caller
 from server.auth import origins, session_rows
 from server.auth.cookies import Cookies
-from server.auth.session_rows import Session
+from server.auth.session_rows import Opening, Session
+from server.auth.transaction import in_transaction
 from server.envelope import add_header
 from server.services import Services
 
@@ -75,7 +76,15 @@ def take(request: Request, served: Services) -> None:
         add_header(request, "Set-Cookie", line)
 
 
-def client_of(request: Request) -> dict[str, str]:
-    """What a session's row tells of who opened it."""
+async def open_session(request: Request, served: Services, user_id: str, opening: Opening) -> str:
+    """A new session of a user who has just shown who they are; its cookie goes with the answer."""
+    secret, now = served.auth.secret, served.clock()
+    token = await in_transaction(served, session_rows.open_session, secret, user_id, now, **opening)
+    give(request, served, token, remember=opening["remember"])
+    return token
+
+
+def opening(request: Request, *, remember: bool) -> Opening:
     address = request.client.host if request.client else ""
-    return {"address": address, "agent": request.headers.get("user-agent", "")[:AGENT_LENGTH]}
+    agent = request.headers.get("user-agent", "")[:AGENT_LENGTH]
+    return {"address": address, "agent": agent, "remember": remember}
