@@ -83,6 +83,19 @@ class Way:
         return f"{self.tier}, tiled" if self.tiled else self.tier
 
 
+@dataclass(frozen=True)
+class Held:
+    """A component that a worker has: on its device since `since_at`, as a copy in host memory, or both."""
+
+    key: str
+    name: str
+    device_bytes: int
+    host_bytes: int
+    page_locked: bool
+    streamed: bool
+    since_at: float
+
+
 class Pipeline(Protocol):
     """A family's object, able to `generate`. Built by the family module's `build(weights, residency)`."""
 

@@ -12,10 +12,12 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
 from pipelines.base import BadOutput, InvalidInput, OnStep, UnusableWeights, Weights
+from pipelines.embeddings import tokenizer_key
 from pipelines.images import open_image
 from pipelines.loading import load_component, load_small, read_json
 from pipelines.params import ImageToImage, TextToImage
 from pipelines.residency import Residency
+from pipelines.tiling import tiled
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
 LANCZOS = Image.Resampling.LANCZOS
@@ -42,6 +44,7 @@ class Flux:
         self._vae_scale = 2 ** (len(self._vae["block_out_channels"]) - 1)
         self._tokenizer = load_small(folder, "tokenizer")
         self._tokenizer_2 = load_small(folder, "tokenizer_2")
+        self._tokenizers = tokenizer_key(folder / "tokenizer", folder / "tokenizer_2")
         self._noise_scheduler = load_small(folder, "scheduler")
         # schnell, the model without guidance embeddings, was distilled on 256 tokens; the others take 512.
         guided = read_json(folder / "transformer" / "config.json")["guidance_embeds"]
@@ -74,14 +77,25 @@ class Flux:
 
     def _encode_prompts(self, recipe: "Recipe", params: TextToImage) -> dict[str, Any]:
         """T5 embeddings (1, tokens, width) and CLIP's pooled one (1, width), as diffusers' keyword arguments."""
-        pipe = self._pipe(recipe, "text_encoder", "text_encoder_2")
-        embeds, pooled, _ = pipe.encode_prompt(params.prompt, max_sequence_length=self._max_tokens)
+        embeds, pooled = self._embeds(recipe, params.prompt)
         inputs = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
         if params.negative_prompt:
-            embeds, pooled, _ = pipe.encode_prompt(params.negative_prompt, max_sequence_length=self._max_tokens)
+            embeds, pooled = self._embeds(recipe, params.negative_prompt)
             inputs |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
             inputs |= {"true_cfg_scale": TRUE_GUIDANCE_SCALE}
         return inputs
+
+    def _embeds(self, recipe: "Recipe", text: str) -> tuple[torch.Tensor | None, ...]:
+        """Of a text that was encoded before, without any encoder."""
+
+        def encode() -> tuple[torch.Tensor, torch.Tensor]:
+            pipe = self._pipe(recipe, "text_encoder", "text_encoder_2")
+            embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=self._max_tokens)
+            return embeds, pooled
+
+        encoders = [self._weights.component(name).key for name in ("text_encoder", "text_encoder_2")]
+        key = (*encoders, self._tokenizers, text, self._max_tokens)
+        return self._residency.embeddings.get(key, self._residency.device, encode)
 
     def _encode_picture(self, recipe: "Recipe", picture: Image.Image, generator: torch.Generator) -> torch.Tensor:
         """Latents (1, channels, height / 8, width / 8); image-to-image samples them, Kontext takes their mode."""
@@ -112,7 +126,8 @@ class Flux:
         vae = self._hold("vae")
         latents = FluxPipeline._unpack_latents(latents, params.height, params.width, self._vae_scale)
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents, return_dict=False)[0]
+        with tiled(vae, self._residency.way.tiled):
+            pixels = vae.decode(latents, return_dict=False)[0]
         if not torch.isfinite(pixels).all():
             raise BadOutput(f"{self._weights.model} made a picture with NaN or infinite pixels")
         return VaeImageProcessor().postprocess(pixels)[0]

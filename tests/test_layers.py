@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "spandrel", "rembg", "onnxruntime"}
 PURE = {"jobs", "scheduler", "placement", "vram", "protocol", "requests"}
 FAMILIES = {"flux", "wan", "ltx", "realesrgan", "rembg"}
-LOADING = FAMILIES | {"residency", "loading", "faults", "tiles", "video"}
+LOADING = FAMILIES | {"residency", "packing", "streaming", "link", "meter", "hostram", "embeddings", "casting"}
+LOADING |= {"loading", "faults", "tiles", "video"}
 """Imported inside the worker process only, so they may import torch at their top."""
 
 

@@ -1,0 +1,55 @@
+"""The copies of weights that stay in host memory, page-locked where CUDA is, within a budget of bytes."""
+
+from collections.abc import Collection
+
+from pipelines.packing import PackedModule
+
+GIB = 2**30
+
+
+class HostRamShort(MemoryError):
+    """Host memory may not hold what a run needs. The message has the numbers."""
+
+
+class HostCopies:
+    """By component key, least recently used first."""
+
+    def __init__(self, budget_bytes: int | None = None) -> None:
+        self.budget_bytes = budget_bytes
+        self.copies: dict[str, PackedModule] = {}
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(copy.weights_bytes for copy in self.copies.values())
+
+    def find(self, key: str) -> PackedModule | None:
+        if copy := self.copies.pop(key, None):
+            self.copies[key] = copy
+        return copy
+
+    def make_room(self, needed_bytes: int, in_use: Collection[str]) -> None:
+        """Drop copies that nothing on the device needs, the least recently used first.
+
+        Raises HostRamShort if that is not enough; then nothing is dropped.
+        """
+        if self.budget_bytes is None:
+            return
+        free = [key for key in self.copies if key not in in_use]
+        used_bytes = self.total_bytes - sum(self.copies[key].weights_bytes for key in free)
+        if used_bytes + needed_bytes > self.budget_bytes:
+            raise HostRamShort(
+                f"A copy of {needed_bytes / GIB:.2f} GiB beside {used_bytes / GIB:.2f} GiB in use is more than the "
+                f"{self.budget_bytes / GIB:.2f} GiB of host memory for the copies of weights."
+            )
+        while self.total_bytes + needed_bytes > self.budget_bytes:
+            self.drop(free.pop(0))
+
+    def keep(self, key: str, copy: PackedModule) -> None:
+        self.copies[key] = copy
+
+    def drop(self, key: str) -> None:
+        self.copies.pop(key).leave_host()
+
+    def clear(self) -> None:
+        while self.copies:
+            self.drop(next(iter(self.copies)))
