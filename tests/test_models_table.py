@@ -1,0 +1,30 @@
+"""docs/models.md says what weights.toml says."""
+
+import importlib.util
+from types import ModuleType
+
+from pipelines.catalog import Catalog
+from server.settings import PROJECT
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("models_table", PROJECT / "scripts" / "models_table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_script_makes():
+    made = script()
+    written = made.DOCS.read_text("utf-8")
+    assert written == made.page(Catalog.load()), "run scripts/models_table.py"
+
+
+def test_the_page_has_every_model_workflow_and_endpoint():
+    page = script().page(Catalog.load())
+    for model in Catalog.load().models.values():
+        assert f"| `{model.id}` |" in page
+        assert all(workflow in page for workflow in model.workflows)
+        assert all(f"`{endpoint}`" in page for endpoint in model.remote.values())
+        assert model.weights is None or model.weights_gib or model.weights.size_bytes, f"{model.id}: how large?"
