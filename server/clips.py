@@ -1,7 +1,7 @@
 """Input videos and audio by URL, made stored files: counted, decoded once, kept; or refused, and nothing left."""
 
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Literal
 
 import anyio
 from anyio.to_thread import run_sync
+from starlette.requests import Request
 
 from pipelines.base import InvalidInput
 from pipelines.sound import AudioInfo, check_audio_decodes
@@ -21,7 +22,7 @@ from server.outputs import Draft, Files
 
 ClipKind = Literal["video", "audio"]
 
-LIMITS = Limits(max_bytes=200 * 2**20, fetch_s=120.0)
+LIMITS = Limits(max_bytes=200 * 2**20, fetch_s=120.0, noun="file")
 DECODERS = 2  # at once
 CHECKS: Mapping[str, Callable[[Path], VideoInfo | AudioInfo]] = {
     "video": check_video_decodes,
@@ -58,8 +59,15 @@ class Clips:
         """The video or audio at `url`. `own_bases` are the addresses under which this server's files are known."""
         if name := self.files.name_in(url, own_bases):
             return StoredClip(name, await self._own(kind, name), fresh=False)
+        return await self._store(kind, partial(self._copy, kind, url))
+
+    async def upload(self, kind: ClipKind, request: Request) -> StoredClip:
+        """What the body holds."""
+        return await self._store(kind, partial(_copy_body, request))
+
+    async def _store(self, kind: ClipKind, copy: Callable[[Write], Awaitable[None]]) -> StoredClip:
         with self.files.draft() as draft:
-            await self._copy(kind, url, partial(self._append, draft))
+            await copy(partial(self._append, draft))
             await run_sync(draft.sync)
             info = await self._inspect(kind, draft.path)
             draft.keep(name := self.files.new_name(info.suffix))
@@ -94,3 +102,8 @@ class Clips:
             return await run_sync(CHECKS[kind], path, limiter=self._decoding)
         except InvalidInput as error:
             raise InvalidMedia(str(error)) from error
+
+
+async def _copy_body(request: Request, write: Write) -> None:
+    async for piece in request.stream():
+        await write(piece)

@@ -10,6 +10,9 @@ from server.errors import TooLarge
 
 MAX_BODY_BYTES = 48 * 2**20
 """A data URL of the largest image allowed (32 MiB) is 43 MiB of base64."""
+MAX_UPLOAD_BYTES = 200 * 2**20
+"""A video is uploaded as it is, and goes to disk piece by piece."""
+UPLOADS = "/api/uploads"
 
 
 class RequestId:
@@ -71,13 +74,14 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         taken = 0
+        most = MAX_UPLOAD_BYTES if scope.get("path") == UPLOADS else MAX_BODY_BYTES
 
         async def receive_limited() -> Message:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > MAX_BODY_BYTES:
-                raise TooLarge(f"The body is over the limit of {MAX_BODY_BYTES // 2**20} MiB.")
+            if taken > most:
+                raise TooLarge(f"The body is over the limit of {most // 2**20} MiB.")
             return message
 
         await self.app(scope, receive_limited, send)
