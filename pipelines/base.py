@@ -96,6 +96,16 @@ class Held:
     since_at: float
 
 
+@dataclass(frozen=True)
+class Peak:
+    """Bytes beside the weights. `working_bytes` were taken from the device, `allocated_bytes` of them were in use."""
+
+    phase: str
+    working_bytes: int
+    allocated_bytes: int
+    weights_bytes: int
+
+
 class Pipeline(Protocol):
     """A family's object, able to `generate`. Built by the family module's `build(weights, residency)`."""
 

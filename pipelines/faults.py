@@ -2,10 +2,15 @@
 
 import torch
 
+CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+"""On a CPU torch raises a plain RuntimeError that says so."""
+
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """The device's memory, or the host's, was not enough: the run may do in another way or place."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
 
 
 def broke_the_device(error: BaseException) -> bool:

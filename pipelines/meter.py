@@ -2,25 +2,16 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from pipelines.base import Peak
+
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 """Written to `clear_refs`, it sets the peak of the resident set back to what it is now (man 5 proc_pid_clear_refs)."""
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Bytes beside the weights. `working_bytes` were taken from the device, `allocated_bytes` of them were in use."""
-
-    phase: str
-    working_bytes: int
-    allocated_bytes: int
-    weights_bytes: int
 
 
 class Gauge(Protocol):

@@ -123,10 +123,13 @@ class Residency:
             for key in {**sizes, **copies}
         )
 
-    def clear(self) -> None:
-        """Give everything back, the host copies too."""
+    def evict_all(self) -> None:
         for key in tuple(self._resident):
             self.evict(key)
+
+    def clear(self) -> None:
+        """Give everything back, the host copies too."""
+        self.evict_all()
         self._host.clear()
 
     def _meet(self, key: str) -> None:

@@ -1,8 +1,8 @@
 """Which devices there are, and how many bytes of each may be given out."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pynvml
@@ -10,33 +10,47 @@ import pynvml
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """What a process's CUDA context takes on the device before the first tensor."""
 
+HOST_SHARE = 0.65
+"""Of the host's memory, what all workers' copies of weights may take: page-locked, they never make room for others."""
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container's limit is, with control groups of version 2 and 1."""
+
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """One GPU, known by UUID, or the CPU. The budget is what is left of `total_bytes` after the reserve."""
+    """One GPU, known by UUID, or the CPU. The budget is what is left of `total_bytes` after the reserve.
+
+    `host_budget_bytes` is what its worker's copies of weights in host memory may take; None: the host is the device.
+    """
 
     id: str
     name: str
     torch_device: str
     total_bytes: int
     budget_bytes: int
+    host_budget_bytes: int | None = None
 
 
 def inventory(limit_bytes: int | None = None) -> list[DeviceSpec]:
     """The GPUs, or, where there is none, the CPU. `limit_bytes` caps every budget."""
-    devices = list(_gpus()) or [_cpu()]
+    gpus = list(_gpus())
+    share_bytes = int(host_bytes() * HOST_SHARE) // max(1, len(gpus))
+    devices = [replace(gpu, host_budget_bytes=share_bytes) for gpu in gpus] or [_cpu()]
     if limit_bytes is None:
         return devices
-    return [
-        DeviceSpec(each.id, each.name, each.torch_device, each.total_bytes, min(limit_bytes, each.budget_bytes))
-        for each in devices
-    ]
+    return [replace(each, budget_bytes=min(limit_bytes, each.budget_bytes)) for each in devices]
 
 
 def environment(device: DeviceSpec) -> dict[str, str]:
     """What a worker's process sees: its own GPU only. Segments that grow keep fragmentation from ending in OOM."""
     visible = device.id if device.torch_device.startswith("cuda") else ""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": visible,
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "PLANTAIN_WORKER_HOST_BYTES": str(device.host_budget_bytes or 0),
+    }
 
 
 def _gpus() -> Iterator[DeviceSpec]:
@@ -63,8 +77,8 @@ def _cpu() -> DeviceSpec:
     return DeviceSpec("cpu", "CPU", "cpu", total_bytes, max(0, total_bytes - reserve_bytes))
 
 
-def host_bytes(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+def host_bytes(limits: Iterable[Path] = CGROUP_LIMITS) -> int:
     """Host memory, or the container's limit where that is lower."""
     physical_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = cgroup.read_text().strip() if cgroup.exists() else "max"
-    return physical_bytes if limit == "max" else min(physical_bytes, int(limit))
+    found = [path.read_text().strip() for path in limits if path.exists()]
+    return min([physical_bytes, *(int(limit) for limit in found if limit != "max")])

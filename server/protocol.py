@@ -1,18 +1,18 @@
 """What the server and a worker say to each other. Paths cross the pipe, never pixels."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.base import Weights
+from pipelines.base import Held, Peak, Way, Weights
 
 # Commands: server → worker
 
 
 @dataclass(frozen=True)
 class Run:
-    """Make `weights` resident, run `params` (camelCase JSON of the workflow's class), write the output to `output`."""
+    """Run `params` (camelCase JSON of the workflow's class) with `weights`, in this `way`; write to `output`."""
 
     job_id: str
     weights: Weights
@@ -20,6 +20,7 @@ class Run:
     params: Mapping[str, Any]
     files: Path
     output: Path
+    way: Way = field(default_factory=Way)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ Command = Run | Evict | Cancel | Shutdown
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker takes commands."""
+    """The worker takes commands. The link is that from host memory; None where the host is the device."""
+
+    link_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,25 @@ class Progress:
 
 @dataclass(frozen=True)
 class Resident:
-    """What is on the device now: (component key, bytes), least recently used first. A fact, not a wish."""
+    """What is on the device now: (component key, bytes), least recently used first. A fact, not a wish.
+
+    `held` tells more of each, and of the copies in host memory.
+    """
 
     components: tuple[tuple[str, int], ...]
+    held: tuple[Held, ...] = ()
 
 
 @dataclass(frozen=True)
 class Succeeded:
-    """The output lies where `Run.output` said. `duration_s` is a video's."""
+    """The output lies where `Run.output` said. `duration_s` is a video's. `peaks` are what was measured, by phase."""
 
     job_id: str
     width: int
     height: int
     run_s: float
     duration_s: float | None = None
+    peaks: tuple[Peak, ...] = ()
 
 
 @dataclass(frozen=True)

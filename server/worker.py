@@ -7,16 +7,20 @@ import ctypes
 import errno
 import importlib
 import logging
+import os
 import signal
 import sys
 import time
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
 from pipelines.base import InvalidInput, JobCancelled, OnStep, Pipeline, UnusableWeights, Weights
 from pipelines.clips import Clip
 from pipelines.faults import broke_the_device, ran_out_of_memory
+from pipelines.hostram import HostRamShort
 from pipelines.images import save_image
+from pipelines.link import measured_bytes_per_s
 from pipelines.params import PARAMS
 from pipelines.residency import Residency
 from server.protocol import Cancel, Cancelled, Command, Event, Evict, Failed, Progress, Ready, Resident, Run, Succeeded
@@ -25,28 +29,31 @@ log = logging.getLogger("plantain.worker")
 
 PR_SET_PDEATHSIG = 1
 
+HOST_BUDGET = "PLANTAIN_WORKER_HOST_BYTES"
+"""In the environment: what this worker's copies of weights in host memory may take."""
+
 
 class Worker:
     """One device, the weights that are resident on it, and the pipelines that run them."""
 
     def __init__(self, connection: Connection, device: str, families: list[str]) -> None:
         self.connection = connection
-        self.residency = Residency(device)
+        self.residency = Residency(device, host_budget_bytes=int(os.environ.get(HOST_BUDGET, 0)) or None)
         self.pipelines: dict[Weights, Pipeline] = {}
         self.families = families
 
     def serve(self) -> None:
         """Until the server closes the pipe or asks for an end."""
-        self.send(Ready())
+        self.send(Ready(measured_bytes_per_s(self.residency.device)))
         while True:
             self.prepare()
             match self.connection.recv():
                 case Run() as command:
                     self.run(command)
-                    self.send(Resident(self.residency.resident()))
+                    self.tell_resident()
                 case Evict(key):
                     self.residency.evict(key)
-                    self.send(Resident(self.residency.resident()))
+                    self.tell_resident()
                 case Cancel():
                     pass  # it ended before the command came
                 case _:
@@ -79,20 +86,31 @@ class Worker:
             return Failed(job_id, "STORAGE_FULL", "The server's disk is full.")
         if not ran_out_of_memory(error):
             return Failed(job_id, "GENERATION_FAILED", "The generation failed; the server's log says why.")
-        self.residency.clear()
-        return Failed(job_id, "OUT_OF_MEMORY", "The device ran out of memory.")
+        traceback.clear_frames(error.__traceback__)  # they keep what the run had made so far
+        self.residency.evict_all()
+        if isinstance(error, MemoryError):
+            self.residency.clear()
+        message = str(error) if isinstance(error, HostRamShort) else "The device ran out of memory."
+        return Failed(job_id, "OUT_OF_MEMORY", message)
+
+    def tell_resident(self) -> None:
+        self.send(Resident(self.residency.resident(), self.residency.held()))
 
     def outcome(self, command: Run) -> Succeeded:
         started = time.monotonic()
         params = PARAMS[command.workflow].model_validate(dict(command.params), context={"files": command.files})
         on_step = self.on_step(command.job_id)
-        made = self.pipeline(command.weights).generate(params, on_step)
+        pipeline = self.pipeline(command.weights)
+        self.residency.begin(command.way)
+        made = pipeline.generate(params, on_step)
+        peaks = self.residency.meter.end()
         if isinstance(made, Clip):
             saved = made.save(command.output, on_step)
             run_s = time.monotonic() - started
-            return Succeeded(command.job_id, saved.width, saved.height, run_s, saved.duration_s)
+            return Succeeded(command.job_id, saved.width, saved.height, run_s, saved.duration_s, peaks)
         save_image(made, command.output, params.output_format)
-        return Succeeded(command.job_id, made.width, made.height, time.monotonic() - started)
+        run_s = time.monotonic() - started
+        return Succeeded(command.job_id, made.width, made.height, run_s, peaks=peaks)
 
     def pipeline(self, weights: Weights) -> Pipeline:
         if weights not in self.pipelines:
@@ -101,6 +119,7 @@ class Worker:
 
     def on_step(self, job_id: str) -> OnStep:
         def tell(phase: str, step: int, steps: int) -> None:
+            self.residency.enter(phase)
             self.send(Progress(job_id, phase, step, steps))
             while self.connection.poll():
                 if self.was_cancelled(job_id, self.connection.recv()):
