@@ -204,3 +204,45 @@ def remote(db: Database) -> None:
     """Where at fal a job runs, and the id it has there."""
     db.execute("ALTER TABLE job ADD COLUMN remote_endpoint TEXT")
     db.execute("ALTER TABLE job ADD COLUMN remote_request_id TEXT")
+
+
+@migrations(name="0006_memory")
+def memory(db: Database) -> None:
+    """Peaks that were measured, tries that ran out of memory, and each device as the server last saw it."""
+    for statement in MEMORY.split(";"):
+        if statement.strip():
+            db.execute(statement)
+
+
+MEMORY = """
+CREATE TABLE peak (
+    model TEXT NOT NULL,
+    tier TEXT NOT NULL,
+    tiled INTEGER NOT NULL,
+    phase TEXT NOT NULL,
+    pixels INTEGER NOT NULL,
+    frames INTEGER NOT NULL,
+    device_kind TEXT NOT NULL,
+    working_bytes INTEGER NOT NULL,
+    allocated_bytes INTEGER NOT NULL,
+    runs INTEGER NOT NULL,
+    last_at REAL NOT NULL,
+    PRIMARY KEY (model, tier, tiled, phase, pixels, frames, device_kind)
+) WITHOUT ROWID;
+CREATE TABLE rung (
+    id INTEGER PRIMARY KEY,
+    job_id TEXT NOT NULL,
+    model TEXT NOT NULL,
+    device TEXT NOT NULL,
+    way TEXT NOT NULL,
+    next_device TEXT,
+    next_way TEXT,
+    failed_at REAL NOT NULL
+);
+CREATE INDEX rung_by_job ON rung(job_id);
+CREATE TABLE device (
+    id TEXT PRIMARY KEY,
+    state TEXT NOT NULL,
+    seen_at REAL NOT NULL
+) WITHOUT ROWID
+"""
