@@ -27,7 +27,11 @@ CONTEXT_FRAMES = 17
 REFERENCE_STRENGTH = 0.5
 """Of a reference video, so much is kept: denoising starts half way."""
 WHOLE_FRAMES = 121
-"""Longer clips are decoded in overlapping pieces: the whole takes 100 bytes a pixel and frame."""
+"""Longer clips are decoded in pieces: the whole takes 100 bytes a pixel and frame."""
+PIECE_FRAMES, PIECE_STRIDE = 96, 80
+"""The pieces overlap by two latents, over which they are blended."""
+UNSHIFTED = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+"""LTXConditionPipeline brings its own schedule, linear and then quadratic: the weights' config would shift it again."""
 DECODE_TIMESTEP, DECODE_NOISE = 0.05, 0.025
 """For decoders that take a timestep, which 0.9.1 and later have (diffusers' guide, api/pipelines/ltx_video)."""
 
@@ -108,17 +112,18 @@ class Ltx:
         timestep = None
         if vae.config.timestep_conditioning:
             noise = torch.randn(latents.shape, generator=generator, dtype=vae.dtype).to(vae.device)
-            latents = (1 - DECODE_NOISE) * latents + DECODE_NOISE * noise
-            timestep = torch.tensor([DECODE_TIMESTEP], device=vae.device, dtype=vae.dtype)
-        vae.use_tiling = vae.use_framewise_decoding = count > WHOLE_FRAMES
+            share, timestep = torch.tensor([[DECODE_NOISE], [DECODE_TIMESTEP]], device=vae.device, dtype=vae.dtype)
+            latents = (1 - share) * latents + share * noise
+        vae.use_framewise_decoding = count > WHOLE_FRAMES
+        vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = PIECE_FRAMES, PIECE_STRIDE
         pixels = vae.decode(latents, timestep, return_dict=False)[0][0]
-        vae.use_tiling = vae.use_framewise_decoding = False  # encoding heeds them too
+        vae.use_framewise_decoding = False  # encoding heeds it too
         return to_frames(pixels)
 
     def _pipe(self, *names: str) -> LTXConditionPipeline:
         """diffusers' pipeline on the named components alone."""
         parts = {"text_encoder": None, "transformer": None, "vae": None} | {name: self._hold(name) for name in names}
-        noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config)
+        noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config, **UNSHIFTED)
         pipe = LTXConditionPipeline(**parts, tokenizer=self._tokenizer, scheduler=noise_scheduler)
         pipe.set_progress_bar_config(disable=True)
         return pipe
