@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ def house(street: Street) -> Iterator[RemoteHouse]:
         yield house
 
 
+@pytest.fixture
+def impatient(street: Street) -> Iterator[RemoteHouse]:
+    """One that does not try again where fal is busy."""
+    with street.house(timing=replace(QUICK, submit_s=0.0)) as house:
+        yield house
+
+
 def begin(house: RemoteHouse, body: dict[str, Any] = ASK, kind: str = "image") -> str:
     """A job on its way; its id."""
     return house.ask(kind, body, **ASYNC).json()["id"]
@@ -75,8 +83,9 @@ LOCKED = {"detail": "User is locked. Reason: Exhausted balance. Top up your bala
     ],
 )
 def test_what_goes_wrong_is_told_apart_and_refunded_once(
-    house: RemoteHouse, where: str, status: int, body: Any, code: str, answered: int, says: str
+    impatient: RemoteHouse, where: str, status: int, body: Any, code: str, answered: int, says: str
 ):
+    house = impatient
     house.fal.refuse(where, status, body, times=99)
     before = house.balance()
     answer = house.ask("image", ASK)
@@ -141,7 +150,8 @@ def test_an_upload_that_is_refused(house: RemoteHouse):
 
 
 def test_nobody_is_there(street: Street):
-    with street.house(fal_queue_url="http://127.0.0.1:9", fal_rest_url="http://127.0.0.1:9") as house:
+    nowhere = {"fal_queue_url": "http://127.0.0.1:9", "fal_rest_url": "http://127.0.0.1:9"}
+    with street.house(**nowhere, timing=replace(QUICK, submit_s=0.0)) as house:
         answer = house.ask("image", ASK)
         assert (answer.status_code, answer.json()["code"]) == (502, "REMOTE_UNREACHABLE")
         assert house.entries(answer.json()["jobId"]) == ["charge", "refund"]

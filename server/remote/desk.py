@@ -66,9 +66,12 @@ class Desk:
         """Let go of the jobs, which go on at the next start; but a request being sent is brought to its id first."""
         for task in self.tasks.values():
             task.cancel()
-        if handing := [each.handing for each in self.errands.values() if each.handing and not each.handing.done()]:
+        handing = [each.handing for each in self.errands.values() if each.handing]
+        if handing:
             await asyncio.wait(handing, timeout=HAND_OVER_PATIENCE_S)
-        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+        for late in handing:
+            late.cancel()
+        await asyncio.gather(*handing, *self.tasks.values(), return_exceptions=True)
         if self.storage:
             await self.storage.close()
 

@@ -130,7 +130,8 @@ class Errand:
                 maybe_taken = isinstance(error, RemoteUnreachable) and not isinstance(error.__cause__, NEVER_SENT)
                 if maybe_taken or self.clock() + wait_s > end_at:
                     raise
-            await asyncio.sleep(wait_s)
+            if await self._cancel_asked(wait_s):
+                raise JobWasCancelled("The job was cancelled.")
             wait_s = min(2 * wait_s, LONGEST_RETRY_S)
 
     # Following
@@ -145,13 +146,13 @@ class Errand:
             if self.clock() > self.deadline_at:
                 await self._cancel()
                 raise GenerationTimeout(f"fal.ai did not finish within {self.timing.deadline_s:g} s.")
-            if await self._cancel_asked() and await self._cancel():
+            if await self._cancel_asked(self.timing.poll_s) and await self._cancel():
                 raise JobWasCancelled("The job was cancelled.")
 
-    async def _cancel_asked(self) -> bool:
-        """Waits until it is time to look again, or somebody asks for the job's end; each asking is told once."""
+    async def _cancel_asked(self, within_s: float) -> bool:
+        """Waits so long, or until somebody asks for the job's end; each asking is told once."""
         try:
-            await asyncio.wait_for(self.cancel.wait(), self.timing.poll_s)
+            await asyncio.wait_for(self.cancel.wait(), within_s)
         except TimeoutError:
             return False
         self.cancel.clear()
