@@ -34,7 +34,7 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
         self.db = Database(connection)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -54,8 +54,8 @@ class Store:
     @contextmanager
     def atomic(self) -> Iterator[Database]:
         """A transaction that takes the write lock at its start, so that what it reads still holds when it writes."""
-        self.db.conn.execute("BEGIN IMMEDIATE")
         try:
+            self.db.conn.execute("BEGIN IMMEDIATE")  # in here: it can break off with the transaction open
             yield self.db
             self.db.conn.execute("COMMIT")
         except BaseException:

@@ -70,7 +70,7 @@ def _make(settings: Settings) -> services.Services:
 
 def lock_data(data: Path) -> IO[str]:
     """Hold the data folder for this process: two servers on one queue would run its jobs twice."""
-    data.mkdir(parents=True, exist_ok=True)
+    data.mkdir(parents=True, exist_ok=True, mode=0o700)  # keys, sessions and pictures: not for others on this machine
     lock = (data / "lock").open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
