@@ -272,7 +272,7 @@ class Dispatcher:
         self.progress.pop(queued.job_id, None)
         job = await self._write(self.store.requeue, queued.job_id, self.clock())
         if job and not job.is_final:
-            again = Queued(queued.job_id, queued.need, job, queued.weights)
+            again = Queued(queued.job_id, queued.need, job=job, weights=queued.weights)
             self.queue = {queued.job_id: again, **self.queue}
         else:
             self._done(job)
@@ -289,7 +289,7 @@ class Dispatcher:
 
     async def _accept(self, new: NewJob, runnable: Runnable) -> tuple[Job, int]:
         job, balance = await self.store.call(self.store.insert, new, self.clock())
-        self.inbox.put_nowait(Submitted(Queued(job.id, runnable.need, job, runnable.weights)))
+        self.inbox.put_nowait(Submitted(Queued(job.id, runnable.need, job=job, weights=runnable.weights)))
         return job, balance
 
     async def _accept_remote(self, new: NewJob) -> tuple[Job, int]:
@@ -303,7 +303,7 @@ class Dispatcher:
         except PlantainError as gone:
             await self.store.call(self.store.fail, job.id, error_of(gone), self.clock())
         else:
-            self.queue[job.id] = Queued(job.id, runnable.need, job, runnable.weights)
+            self.queue[job.id] = Queued(job.id, runnable.need, job=job, weights=runnable.weights)
 
     async def _write(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Until it is written down: a full disk or a locked database holds the queue up, and loses nothing."""

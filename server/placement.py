@@ -15,7 +15,8 @@ LINK_BYTES_PER_S = 12e9
 class Device:
     """A device as the scheduler sees it. `resident` is (component key, bytes), least recently used first.
 
-    `host_budget_bytes` is what the copies in host memory may take, where the host is not the device itself.
+    `host_budget_bytes` is what the copies in host memory may take, where the host is not the device itself. `runs_s` is
+    how long the job that it runs takes in all.
     """
 
     id: str
@@ -24,6 +25,7 @@ class Device:
     idle: bool = True
     link_bytes_per_s: float = LINK_BYTES_PER_S
     host_budget_bytes: int | None = None
+    runs_s: float = 0.0
 
     @property
     def free_bytes(self) -> int:

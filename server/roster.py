@@ -11,7 +11,7 @@ from server.scheduler import Waiting
 from server.supervisor import Supervisor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Queued(Waiting):
     """A waiting or running job with all that a worker must be told."""
 

@@ -1,20 +1,42 @@
-"""Which job runs where, and when. Pure: no clock, no I/O, no log."""
+"""Which job runs where, and when. Pure: no clock, no I/O, no log. What it promises is in `docs/scheduling.md`."""
 
-from collections.abc import Iterable, Sequence
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from server.placement import GIB, Device, Evict, after, best, evictions, refusal
+from server.fairness import Shares
+from server.placement import GIB, Device, Evict, after, choose, evictions, refusal, seconds
 from server.vram import Need
 
-__all__ = ["Action", "Device", "Evict", "Refuse", "Start", "Waiting", "after", "plan", "reason", "refusal"]
+__all__ = ["Action", "Device", "Evict", "Policy", "Refuse", "Start", "Waiting", "after", "plan", "refusal"]
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A queued job. A plan reads a sequence of them, oldest first."""
+    """A queued job. A plan reads a sequence of them, oldest first. `priority` is 0 unless an admin said otherwise."""
 
     job_id: str
     need: Need
+    user_id: str = ""
+    weight: float = 1.0
+    priority: int = 0
+    expected_s: float = 1.0
+    created_at: float = 0.0
+
+    @cached_property
+    def kind(self) -> str:
+        """Jobs of one kind are alike to a device. A string, since it remembers its hash; and one for all that are."""
+        need = self.need
+        keys = "+".join(key for key, _ in need.components)
+        return sys.intern(f"{keys} {need.total_bytes} {need.passes} {need.ways} {need.devices} {self.expected_s:.2g}")
+
+    @cached_property
+    def line(self) -> str:
+        """Jobs of one line are taken one after the other: one user's, of one kind and priority."""
+        return sys.intern(f"{self.priority} {self.user_id} {self.kind}")
 
 
 @dataclass(frozen=True)
@@ -35,37 +57,158 @@ class Refuse:
 Action = Evict | Start | Refuse
 
 
-def plan(waiting: Sequence[Waiting], devices: Sequence[Device]) -> list[Action]:
+@dataclass(frozen=True)
+class Policy:
+    """Figures of the plan, found by simulation (`docs/scheduling.md`).
+
+    To the device-seconds that its user has had, a job adds `length_bias` times its own length, so that short ones go
+    first, and `quantum` times what its weights take to load, so that a device stays with those that it has. Jobs
+    longer than `long_s` take no more than half of the devices while others wait. Nobody's oldest job is passed over
+    for longer than `age_cap_s`.
+    """
+
+    quantum: float = 100.0
+    length_bias: float = 5.0
+    long_s: float = 30.0
+    age_cap_s: float = 600.0
+
+
+def plan(
+    waiting: Sequence[Waiting],
+    devices: Sequence[Device],
+    now: float = 0.0,
+    shares: Shares = Shares(),
+    policy: Policy = Policy(),
+) -> list[Action]:
     """What to do now, in order.
 
-    1. The oldest job goes first.
-    2. A job that no device could hold, even empty, is refused with the numbers.
-    3. A job takes, of the idle devices that can hold it, the one with the fewest bytes to load; of those, the one with
-       the most room; of those, the first.
-    4. To make room there, components that the job does not need are evicted, the least recently used first, and no
-       more than must be.
-    5. A job that only busy devices could hold waits. A younger one may take an idle device that is too small for it:
-       that delays nobody.
+    1. A job that no device could hold, even empty, is refused with the numbers.
+    2. While a device is idle that can hold a waiting job, one starts. First those that an admin has put in front.
+    3. Then whoever's oldest job is overdue, passed over for longer than the age cap; the longest overdue first.
+    4. Then the job with the least sum of what its user has had, its own length, and what its weights cost to load.
+    5. But long ones take half of the devices at most, while anything else can start.
+    6. Last those that an admin has put back.
+    7. A job takes, of the idle devices that can hold it, the one where it ends soonest; of those, the one with the most
+       room; of those, the first. What is in its way there is evicted, the least recently used first.
     """
-    actions: list[Action] = []
-    idle = {device.id: device for device in devices if device.idle}
-    largest_bytes = max((device.budget_bytes for device in devices), default=0)
-    for job in waiting:
-        if not idle:
-            break
-        need_bytes = job.need.total_bytes
-        if need_bytes > largest_bytes:
-            actions.append(Refuse(job.job_id, need_bytes, largest_bytes))
-        elif need_bytes <= max(device.budget_bytes for device in idle.values()):
-            device = best(job.need, idle.values())
-            actions += [*evictions(job.need, device), Start(job.job_id, device.id)]
-            del idle[device.id]
+    if not waiting or not any(device.idle for device in devices):
+        return []
+    queue = Queue(waiting, devices, now, shares, policy)
+    actions: list[Action] = list(queue.hopeless())  # 1
+    while found := queue.first():
+        job, device = found
+        actions += [*evictions(job.need, device), Start(job.job_id, device.id)]
+        queue.take(job, device)
     return actions
+
+
+class Queue:
+    """The waiting jobs by line, while one plan is made: only the head of each line is ever looked at."""
+
+    def __init__(
+        self, waiting: Sequence[Waiting], devices: Sequence[Device], now: float, shares: Shares, policy: Policy
+    ) -> None:
+        self.waiting, self.devices, self.shares, self.policy = waiting, devices, shares, policy
+        self.latest_at = now - policy.age_cap_s
+        self.lines = [job.line for job in waiting]
+        heads = list(first_of_each(waiting, self.lines).values())
+        self.heads: defaultdict[str, dict[str, Waiting]] = defaultdict(dict)
+        for job in heads:
+            self.heads[job.kind][job.line] = job
+        self.oldest = first_of_each(heads, [job.user_id for job in heads])
+        self.spent_s = {user_id: shares.spent(user_id) for user_id in self.oldest}
+        self.has_priorities = any(job.priority for job in heads)
+        self.least: dict[str, Waiting | None] = {}
+        idle = [device for device in devices if device.idle]
+        self.options = {kind: options(next(iter(line.values())).need, idle) for kind, line in self.heads.items()}
+        long = [device for device in devices if not device.idle and device.runs_s > policy.long_s]
+        self.open_to_long = max(1, len(devices) // 2) - len(long)
+
+    def hopeless(self) -> Iterator[Refuse]:
+        """Refuse the jobs that nothing could hold."""
+        largest_bytes = max(device.budget_bytes for device in self.devices)
+        nowhere = [kind for kind, found in self.options.items() if not found]
+        kinds = {kind for kind in nowhere if refusal(next(iter(self.heads[kind].values())).need, self.devices)}
+        for job in self.waiting if kinds else ():
+            if job.kind in kinds:
+                yield Refuse(job.job_id, job.need.total_bytes, largest_bytes)
+
+    def first(self) -> tuple[Waiting, Device] | None:
+        """The next job to start, and where; None if no idle device can hold any."""
+        job = (
+            self.by_priority(lambda priority: priority > 0)  # 2
+            or self.overdue()  # 3
+            or self.fairest(longest_s=math.inf if self.open_to_long > 0 else self.policy.long_s)  # 4, 5
+            or self.fairest(longest_s=math.inf)  # 5
+            or self.by_priority(lambda priority: priority < 0)  # 6
+        )
+        return (job, self.options[job.kind][0][1]) if job else None  # 7
+
+    def by_priority(self, wanted: Callable[[int], bool]) -> Waiting | None:
+        if not self.has_priorities:
+            return None
+        heads = (job for kind, line in self.heads.items() if self.options[kind] for job in line.values())
+        return max((job for job in heads if wanted(job.priority)), key=lambda job: job.priority, default=None)
+
+    def overdue(self) -> Waiting | None:
+        """Of the users' oldest jobs, the one that might have been the next for the longest, if that is too long."""
+        late = [job for job in self.oldest.values() if self.since(job) < self.latest_at and self.options[job.kind]]
+        return min(late, key=self.since, default=None)
+
+    def since(self, job: Waiting) -> float:
+        return max(job.created_at, self.shares.turn_at.get(job.user_id, job.created_at))
+
+    def fairest(self, longest_s: float) -> Waiting | None:
+        """Of each kind, only the user who has had least can be it."""
+        firsts = [job for kind, found in self.options.items() if found and (job := self.least_served(kind))]
+        return min((job for job in firsts if job.expected_s <= longest_s), key=self.cost_s, default=None)
+
+    def least_served(self, kind: str) -> Waiting | None:
+        if kind not in self.least:
+            heads = [job for job in self.heads[kind].values() if job.priority == 0]
+            self.least[kind] = min(heads, key=lambda job: self.spent_s[job.user_id], default=None)
+        return self.least[kind]
+
+    def cost_s(self, job: Waiting) -> float:
+        load_s = self.options[job.kind][0][0]
+        own_s = self.policy.length_bias * job.expected_s + self.policy.quantum * load_s
+        return self.spent_s[job.user_id] + own_s
+
+    def take(self, job: Waiting, device: Device) -> None:
+        """The job has started: the device is busy, the next of the line comes forward, its user has had more."""
+        for kind, found in self.options.items():
+            self.options[kind] = [option for option in found if option[1] is not device]
+        self.spent_s[job.user_id] += job.expected_s / job.weight
+        self.open_to_long -= job.expected_s > self.policy.long_s
+        self.least = {kind: other for kind, other in self.least.items() if other and other.user_id != job.user_id}
+        index = self.lines.index(job.line)
+        self.lines[index] = ""
+        try:
+            self.heads[job.kind][job.line] = self.waiting[self.lines.index(job.line, index)]
+        except ValueError:
+            del self.heads[job.kind][job.line]
+        if self.oldest.get(job.user_id) is job:
+            del self.oldest[job.user_id]  # the user's turn has come; the next job's time starts now
+
+
+def first_of_each(jobs: Iterable[Waiting], names: Sequence[str]) -> dict[str, Waiting]:
+    """The first job of each name, in the order of the jobs."""
+    found: dict[str, Waiting] = {}
+    for name, job in zip(names, jobs, strict=True):
+        found.setdefault(name, job)
+    return found
+
+
+def options(need: Need, idle: Iterable[Device]) -> list[tuple[float, Device]]:
+    """The devices that could run the job now, best first, with the seconds that loading would add."""
+    ways = [(device, way) for device in idle if (way := choose(need, device))]
+    timed = [(way.tiled, seconds(need, device, way), -device.free_bytes, device) for device, way in ways]
+    return [(load_s, device) for _, load_s, _, device in sorted(timed, key=lambda option: option[:3])]
 
 
 def reason(need: Need, devices: Iterable[Device]) -> str:
     """Why a queued job does not run yet, for a person."""
-    able = [device for device in devices if device.budget_bytes >= need.total_bytes]
+    able = [device for device in devices if choose(need, device)]
     if not able:
         return f"needs {need.total_bytes / GIB:.1f} GiB; no running device has as much"
     if any(device.idle for device in able):

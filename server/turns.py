@@ -1,0 +1,56 @@
+"""The books of fairness, kept up as jobs come, start and end. Pure: told the time, never asking for it."""
+
+from collections import Counter, defaultdict
+
+from server import fairness
+from server.fairness import Shares
+from server.scheduler import Waiting
+
+
+class Turns:
+    """`shares` is what `plan()` reads."""
+
+    def __init__(self) -> None:
+        self.shares = Shares()
+        self._waiting: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._running: Counter[str] = Counter()
+
+    def came(self, job: Waiting) -> None:
+        if job.user_id not in self._active():
+            self.shares = fairness.joined(self.shares, job.user_id)
+        self._waiting[job.user_id][job.job_id] = None
+
+    def came_back(self, job: Waiting) -> None:
+        """A job that ran waits again, before its user's others: what was charged for it is given back."""
+        self._waiting[job.user_id] = {job.job_id: None, **self._waiting[job.user_id]}
+        self._charge(job, -job.expected_s)
+        self._stop(job)
+
+    def started(self, job: Waiting, now: float) -> None:
+        if next(iter(self._waiting[job.user_id]), None) == job.job_id:
+            self.shares = fairness.turned(self.shares, job.user_id, now)
+        self._running[job.user_id] += 1
+        self._charge(job, job.expected_s)
+        self.left(job)
+
+    def ended(self, job: Waiting, took_s: float) -> None:
+        """The guess is put right by what it took."""
+        self._charge(job, took_s - job.expected_s)
+        self._stop(job)
+
+    def left(self, job: Waiting) -> None:
+        """It waits no more."""
+        self._waiting[job.user_id].pop(job.job_id, None)
+        if not self._waiting[job.user_id]:
+            del self._waiting[job.user_id]
+
+    def _charge(self, job: Waiting, device_s: float) -> None:
+        self.shares = fairness.charged(self.shares, job.user_id, device_s, job.weight, self._active())
+
+    def _stop(self, job: Waiting) -> None:
+        self._running[job.user_id] -= 1
+        if not self._running[job.user_id]:
+            del self._running[job.user_id]
+
+    def _active(self) -> set[str]:
+        return self._waiting.keys() | self._running.keys()
