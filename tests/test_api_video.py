@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipelines.catalog import Catalog
 from pipelines.weights.pull import pull
+from server.outputs import Files
 from server.settings import Settings
 from tests import tiny_video
 from tests.footage import boxes, moov_is_first, probe, write
@@ -192,6 +193,38 @@ def test_the_job_tells_which_variant_ran_and_its_progress_ends_with_writing(hous
     answer = house.ask(GENERATE, {"prompt": "a", "model": "wan-any"})
     job = house.read(f"/api/jobs/{answer.headers['X-Job-Id']}")
     assert (job["model"], job["output"]) == ("wan-t2v", answer.json())
+
+
+def test_a_running_job_is_cancelled_at_its_next_step_and_leaves_nothing(house: House):
+    balance, names = house.balance(), house.file_names()
+    body = {"prompt": "a", "model": "wan-t2v", "numInferenceSteps": 100}
+    job = house.ask(GENERATE, body, Prefer="respond-async").json()["id"]
+    denoising = house.until(lambda: at_step(house.read(f"/api/jobs/{job}")))
+    assert denoising == {"phase": "denoise", "step": denoising["step"], "steps": 100, "secondsLeft": None}
+    house.client.post(f"/api/jobs/{job}/cancel").raise_for_status()
+    ended = house.until(lambda: ended_as(house.read(f"/api/jobs/{job}")))
+    assert (ended, house.balance(), house.file_names()) == ("cancelled", balance, names)
+
+
+def at_step(job: dict[str, Any]) -> dict[str, Any] | None:
+    progress = job["progress"]
+    return progress and progress["phase"] == "denoise" and progress | {"secondsLeft": None}
+
+
+def ended_as(job: dict[str, Any]) -> str | None:
+    return job["status"] if job["finishedAt"] else None
+
+
+def test_a_poster_stays_and_goes_with_its_video(tmp_path: Path):
+    files = Files(tmp_path)
+    kept, stray = files.new_name(".mp4"), files.new_name(".mp4")
+    for name in (kept, stray):
+        for path in (files.path(name), files.path(name).with_suffix(".jpg")):
+            path.write_bytes(b"x")
+    files.sweep({kept}, older_than_s=-1)
+    assert {path.stem for path in tmp_path.iterdir()} == {Path(kept).stem}
+    files.delete(kept)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
