@@ -1,5 +1,6 @@
 """fal's answer made a file of ours: fetched at once, decoded once, kept under the job's name."""
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -39,9 +40,11 @@ class Collected:
 class Collector:
     """Fetches through the same guard as callers' URLs: fal's answer is no more to be trusted."""
 
-    def __init__(self, files: Files, guard: Guard, pass_through_urls: bool, retry_s: float) -> None:
+    def __init__(
+        self, files: Files, guard: Guard, tls: ssl.SSLContext, pass_through_urls: bool, retry_s: float
+    ) -> None:
         self.files, self.pass_through_urls, self.retry_s = files, pass_through_urls, retry_s
-        self._fetcher = Fetcher(guard, LIMITS)
+        self._fetcher = Fetcher(guard, LIMITS, tls)
         self._decoding = anyio.CapacityLimiter(DECODERS)
 
     async def collect(self, job: Job, answer: Mapping[str, Any]) -> Collected:
@@ -74,7 +77,7 @@ class Collector:
 
     async def _copy_once(self, url: str, draft: Draft) -> None:
         if url.startswith("data:"):
-            await run_sync(draft.write, decode_data_url(url))
+            await run_sync(draft.write, await run_sync(decode_data_url, url))
         else:
             await self._fetcher.copy(url, partial(_append, draft))
 

@@ -1,5 +1,7 @@
 """Puts the desk together, as the settings say."""
 
+import httpx
+
 from pipelines.catalog import Catalog
 from server.addresses import Guard
 from server.outputs import Files
@@ -19,11 +21,12 @@ def make(settings: Settings, catalog: Catalog, files: Files, clock: Clock, timin
     """Without a key, or where the operator forbids it, nothing is ever sent."""
     guard = Guard(settings.allowed_networks)
     timing = timing or Timing(deadline_s=settings.remote_deadline_s)
-    collector = Collector(files, guard, settings.pass_through_urls, timing.retry_s)
+    tls = httpx.create_ssl_context()
+    collector = Collector(files, guard, tls, settings.pass_through_urls, timing.retry_s)
     if trouble := why_not(settings):
         return Desk(catalog, collector, None, timing, clock, trouble)
-    connection = Connection.open(settings.fal_key or "", settings.fal_queue_url, settings.fal_rest_url)
-    return Desk(catalog, collector, Storage(connection, guard), timing, clock)
+    connection = Connection.open(settings.fal_key or "", settings.fal_queue_url, settings.fal_rest_url, tls)
+    return Desk(catalog, collector, Storage(connection, guard, tls), timing, clock)
 
 
 def why_not(settings: Settings) -> str:

@@ -3,12 +3,15 @@
 The URLs are built here and not taken from answers, so that the key is sent nowhere else. Redirects are not followed.
 """
 
+import json
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx
+from anyio.to_thread import run_sync
 
 from pipelines.catalog import Model
 from pipelines.endpoints import Endpoint
@@ -30,15 +33,17 @@ class Connection:
     client: httpx.AsyncClient
 
     @classmethod
-    def open(cls, key: str, queue_url: str, rest_url: str) -> "Connection":
+    def open(cls, key: str, queue_url: str, rest_url: str, tls: ssl.SSLContext) -> "Connection":
         headers = {"Authorization": f"Key {key}", "User-Agent": "Plantain"}
-        client = httpx.AsyncClient(headers=headers, timeout=TIMEOUT)
+        client = httpx.AsyncClient(headers=headers, timeout=TIMEOUT, verify=tls)
         return cls(queue_url.rstrip("/"), rest_url.rstrip("/"), client)
 
     async def ask(self, method: str, url: str, body: Any = None) -> httpx.Response:
         """Raises RemoteUnreachable; its cause tells whether the request can have arrived."""
+        content = None if body is None else await run_sync(_encoded, body)  # off the loop: pictures may be in it
+        headers = {"Content-Type": "application/json"} if content else {}
         try:
-            return await self.client.request(method, url, json=body)
+            return await self.client.request(method, url, content=content, headers=headers)
         except httpx.HTTPError as error:
             raise RemoteUnreachable(f"fal.ai could not be reached: {error or type(error).__name__}.") from error
 
@@ -104,6 +109,10 @@ class Request:
         if not isinstance(body, Mapping):
             raise RemoteUnreachable("fal.ai answered something that is not its own.")
         return body
+
+
+def _encoded(body: Any) -> bytes:
+    return json.dumps(body).encode()
 
 
 def read_status(body: Mapping[str, Any]) -> Status:

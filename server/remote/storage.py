@@ -5,6 +5,7 @@ carries the key.
 """
 
 import base64
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from server.outputs import MIME_TYPES
 from server.remote.errors import RemoteFailed, RemoteUnreachable
 from server.remote.queue import Connection
 
-DATA_URL_BYTES = 8 * 2**20
+DATA_URL_BYTES = 4 * 2**20
 """Larger files are uploaded even where data URLs are taken."""
 PART_BYTES = 10 * 2**20
 WHOLE_BYTES = 90 * 2**20
@@ -30,9 +31,9 @@ PUT_TIMEOUT = httpx.Timeout(300.0, connect=10.0)
 class Storage:
     """Files on their way to fal."""
 
-    def __init__(self, connection: Connection, guard: Guard) -> None:
+    def __init__(self, connection: Connection, guard: Guard, tls: ssl.SSLContext) -> None:
         self.connection = connection
-        transport = GuardedTransport(guard, httpx.create_ssl_context())
+        transport = GuardedTransport(guard, tls)
         self._bare = httpx.AsyncClient(transport=transport, trust_env=False, timeout=PUT_TIMEOUT)
 
     async def url(self, path: Path, data_urls: bool) -> str:
