@@ -5,12 +5,15 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
+from pipelines.base import Held, Peak
 from server import protocol, scheduler
 from server.devices import DeviceSpec
 from server.errors import DoesNotFit, InternalError, PlantainError, QueueFull, Unavailable
-from server.jobs import MAX_ATTEMPTS, Job, NewJob
+from server.jobs import Job, NewJob
+from server.memory import Memory
 from server.outputs import Files
 from server.remote import errand
 from server.remote.desk import Desk
@@ -29,6 +32,7 @@ from server.scheduler import Action, Evict, Refuse, Start, plan
 from server.shelf import Runnable, Shelf
 from server.store import Store, error_of
 from server.supervisor import OnEvent, Supervisor
+from server.vram import Need, shape_of
 from server.watchers import Watchers
 
 log = logging.getLogger("plantain.dispatcher")
@@ -67,6 +71,8 @@ class Dispatcher:
         self.progress: dict[str, protocol.Progress] = {}
         self.watchers = Watchers()
         self.trouble: str | None = None
+        self.memory = Memory(store, devices)
+        shelf.peaks = self.memory.peaks
         families = shelf.families()
         self.workers = {
             device.id: Worker(spawn(device, families, self._worker_said), device.budget_bytes) for device in devices
@@ -146,6 +152,11 @@ class Dispatcher:
         """Why a job waits, for a person."""
         return scheduler.reason(self.queue[job_id].need, self.devices) if job_id in self.queue else None
 
+    def state(self, worker: Worker) -> dict[str, Any]:
+        """A worker's device as people and programs see it."""
+        runs = worker.runs.job_id if worker.runs else None
+        return self.memory.state(worker.supervisor.device, worker.view, worker.status, runs)
+
     # The run loop
 
     async def _run(self) -> None:
@@ -191,16 +202,20 @@ class Dispatcher:
 
     async def _hear(self, worker: Worker, event: protocol.Event) -> None:
         match event:
-            case protocol.Ready():
+            case protocol.Ready(link_bytes_per_s):
                 worker.status = "idle"
+                worker.link_bytes_per_s = link_bytes_per_s or worker.link_bytes_per_s
+                await self._show(worker, ())
             case protocol.Progress(job_id):
                 worker.status = "running"
                 self.progress[job_id] = event
-            case protocol.Resident(components):
+            case protocol.Resident(components, held):
                 worker.resident = components
+                await self._show(worker, held)
             case protocol.Died(exit_code):
                 await self._mourn(worker, exit_code)
-            case protocol.Succeeded(job_id, width, height, _, duration_s):
+            case protocol.Succeeded(job_id, width, height, _, duration_s, peaks):
+                await self._learn(worker, peaks)
                 output = {"width": width, "height": height} | ({"duration": duration_s} if duration_s else {})
                 await self._end(worker, self.store.succeed, job_id, output, self.clock())
             case protocol.Cancelled(job_id):
@@ -212,6 +227,7 @@ class Dispatcher:
         for action in actions:
             match action:
                 case Evict(device, key):
+                    self.memory.evicted(self.workers[device].view, key, self.clock())
                     self.workers[device].supervisor.send(protocol.Evict(key))
                     self.workers[device].forget({key})
                 case Start(job_id, device):
@@ -227,13 +243,14 @@ class Dispatcher:
         job = await self._write(self.store.start, queued.job_id, worker.supervisor.device.id, self.clock())
         if job is None:
             return
+        way = self.memory.orders(job.id, queued.need, worker.view)
         worker.status, worker.runs = "loading", queued
         worker.forget(queued.need.keys)
         worker.resident += queued.need.components
         output = self.files.path(job.output_name)
         worker.supervisor.send(
             protocol.Run(
-                job.id, queued.weights, job.workflow, job.params, self.files.root.absolute(), output.absolute()
+                job.id, queued.weights, job.workflow, job.params, self.files.root.absolute(), output.absolute(), way
             )
         )
 
@@ -247,32 +264,53 @@ class Dispatcher:
                 worker.supervisor.send(protocol.Cancel(job_id))
 
     async def _fail(self, worker: Worker, job_id: str, code: str, message: str) -> None:
-        """A job that ran out of memory starts once more on a device that was emptied for it."""
-        if code == "OUT_OF_MEMORY" and worker.runs and worker.runs.job.attempts + 1 < MAX_ATTEMPTS:
+        """A job that ran out of memory is tried in another way or place, as long as there is one."""
+        if code == "OUT_OF_MEMORY" and worker.runs and (need := await self._next_try(worker, worker.runs)):
             worker.resident = ()
-            await self._run_again(worker)
+            await self._run_again(worker, need)
             worker.status = "idle"
-        else:
-            await self._end(worker, self.store.fail, job_id, {"error": message, "code": code}, self.clock())
+            return
+        if tried := self.memory.tried(job_id):
+            message = f"{message} Tried: {'; '.join(tried)}."
+        await self._end(worker, self.store.fail, job_id, {"error": message, "code": code}, self.clock())
+
+    async def _next_try(self, worker: Worker, queued: Queued) -> Need | None:
+        now, model = self.clock(), queued.job.model
+        return await self._write(self.memory.ran_out, queued.job_id, model, queued.need, worker.view, self.devices, now)
+
+    async def _learn(self, worker: Worker, peaks: Sequence[Peak]) -> None:
+        """What the run took, for the jobs to come."""
+        if worker.runs and peaks:
+            job = worker.runs.job
+            shape = shape_of(job.params, job.pixels)
+            for row in await self._write(self.memory.learn, job.id, job.model, shape, peaks, self.clock()):
+                self.memory.peaks.add(row)
+
+    async def _show(self, worker: Worker, held: Sequence[Held]) -> None:
+        """What the worker has, for whoever looks."""
+        self.memory.held[worker.id] = tuple(held)
+        await self._write(self.memory.write_device, worker.id, self.state(worker), self.clock())
 
     async def _mourn(self, worker: Worker, exit_code: int) -> None:
         """A worker is dead: its job runs again or fails, and another one is started, later after each death."""
         log.warning("worker of %s died with %s", worker.supervisor.device.id, exit_code)
         worker.status, worker.resident = "dead", ()
+        await self._show(worker, ())
         await self._run_again(worker)
         delay_s = min(LONGEST_RESPAWN_DELAY_S, 2.0**worker.deaths - 1)
         worker.deaths += 1
         due = RespawnDue(worker.supervisor.device.id)
         asyncio.get_running_loop().call_later(delay_s, self.inbox.put_nowait, due)
 
-    async def _run_again(self, worker: Worker) -> None:
+    async def _run_again(self, worker: Worker, need: Need | None = None) -> None:
+        """Because its worker died; or, with another `need`, because memory ran out, which is no attempt."""
         queued, worker.runs = worker.runs, None
         if queued is None:
             return
         self.progress.pop(queued.job_id, None)
-        job = await self._write(self.store.requeue, queued.job_id, self.clock())
+        job = await self._write(self.store.requeue, queued.job_id, self.clock(), count_attempt=need is None)
         if job and not job.is_final:
-            again = Queued(queued.job_id, queued.need, job=job, weights=queued.weights)
+            again = replace(queued, need=need or queued.need, job=job)
             self.queue = {queued.job_id: again, **self.queue}
         else:
             self._done(job)
@@ -285,6 +323,7 @@ class Dispatcher:
     def _done(self, job: Job | None) -> None:
         if job:
             self.progress.pop(job.id, None)
+            self.memory.forget(job.id)
             self.watchers.tell(job.id, job)
 
     async def _accept(self, new: NewJob, runnable: Runnable) -> tuple[Job, int]:
@@ -299,7 +338,7 @@ class Dispatcher:
 
     async def _take_up(self, job: Job) -> None:
         try:
-            runnable = self.shelf.runnable(job.model, job.pixels)
+            runnable = self.shelf.runnable(job.model, job.pixels, job.params)
         except PlantainError as gone:
             await self.store.call(self.store.fail, job.id, error_of(gone), self.clock())
         else:

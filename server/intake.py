@@ -133,7 +133,7 @@ class Intake:
             pixels=resolved.pixels,
             credits=price_of(order.model, {**params, **resolved.priced}),
         )
-        runnable = self.shelf.runnable(here.id, resolved.pixels)
+        runnable = self.shelf.runnable(here.id, resolved.pixels, params)
         job, balance = await self.dispatcher.submit(new, runnable)
         return Accepted(job, balance, resolved.ignored)
 

@@ -225,8 +225,7 @@ CREATE TABLE peak (
     device_kind TEXT NOT NULL,
     working_bytes INTEGER NOT NULL,
     allocated_bytes INTEGER NOT NULL,
-    runs INTEGER NOT NULL,
-    last_at REAL NOT NULL,
+    measured_at REAL NOT NULL,
     PRIMARY KEY (model, tier, tiled, phase, pixels, frames, device_kind)
 ) WITHOUT ROWID;
 CREATE TABLE rung (
@@ -244,5 +243,32 @@ CREATE TABLE device (
     id TEXT PRIMARY KEY,
     state TEXT NOT NULL,
     seen_at REAL NOT NULL
+) WITHOUT ROWID
+"""
+
+
+@migrations(name="0005_queue")
+def queue(db: Database) -> None:
+    """What the order of the queue needs to know, how long runs take, and what an admin has switched."""
+    for statement in QUEUE.split(";"):
+        if statement.strip():
+            db.execute(statement)
+
+
+QUEUE = """
+ALTER TABLE job ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE job ADD COLUMN weight REAL NOT NULL DEFAULT 1;
+ALTER TABLE job ADD COLUMN promised_start_at REAL;
+CREATE TABLE timing (
+    model TEXT NOT NULL,
+    workflow TEXT NOT NULL,
+    work INTEGER NOT NULL,
+    run_s REAL NOT NULL,
+    runs INTEGER NOT NULL,
+    PRIMARY KEY (model, workflow, work)
+) WITHOUT ROWID;
+CREATE TABLE halt (
+    what TEXT PRIMARY KEY,
+    since_at REAL NOT NULL
 ) WITHOUT ROWID
 """

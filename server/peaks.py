@@ -20,7 +20,7 @@ MEASURES = {"cuda": "reserved", "cpu": "resident set"}
 
 @dataclass(frozen=True)
 class Measured:
-    """The largest peak of one phase, over all runs of one model and shape in one way. `device_kind` is cuda or cpu."""
+    """The largest peak of one phase, of all runs of one model and shape in one way. `device_kind` is cuda or cpu."""
 
     model: str
     way: Way
@@ -30,8 +30,7 @@ class Measured:
     device_kind: str
     working_bytes: int
     allocated_bytes: int
-    runs: int
-    last_at: float
+    measured_at: float
 
 
 class Peaks:
@@ -46,6 +45,12 @@ class Peaks:
     def add(self, measured: Measured) -> None:
         if measured.device_kind == self.device_kind:
             self._by_model[measured.model][key_of(measured)] = measured
+
+    def raised(self, model: str, way: Way, shape: Shape, peaks: Iterable[Peak]) -> list[Peak]:
+        """Those of a run's peaks that are larger than any before: most runs have none, and write nothing."""
+        known = {(each.phase, each.way, each.pixels, each.frames): each for each in self._by_model[model].values()}
+        places = [(peak, known.get((peak.phase, way, shape.pixels, shape.frames))) for peak in peaks]
+        return [peak for peak, last in places if last is None or peak.working_bytes > last.working_bytes]
 
     def of(self, model: str) -> list[Measured]:
         return list(self._by_model[model].values())
@@ -90,7 +95,7 @@ def key_of(measured: Measured) -> tuple[object, ...]:
 def record_peaks(
     db: Database, model: str, way: Way, shape: Shape, device_kind: str, peaks: Iterable[Peak], now: float
 ) -> list[Measured]:
-    """Count a run; of each phase the largest peak stays. Returns the rows as they are then."""
+    """Of each phase the largest peak stays. Returns the rows as they are then."""
     rows = []
     for peak in peaks:
         rows += db.query(
@@ -121,11 +126,11 @@ def measured_of(row: Mapping[str, Any]) -> Measured:
 
 
 RECORD = """
-INSERT INTO peak (model, tier, tiled, phase, pixels, frames, device_kind, working_bytes, allocated_bytes, runs, last_at)
-VALUES (:model, :tier, :tiled, :phase, :pixels, :frames, :device_kind, :working_bytes, :allocated_bytes, 1, :now)
+INSERT INTO peak (model, tier, tiled, phase, pixels, frames, device_kind, working_bytes, allocated_bytes, measured_at)
+VALUES (:model, :tier, :tiled, :phase, :pixels, :frames, :device_kind, :working_bytes, :allocated_bytes, :now)
 ON CONFLICT (model, tier, tiled, phase, pixels, frames, device_kind) DO UPDATE SET
     working_bytes = max(working_bytes, excluded.working_bytes),
     allocated_bytes = max(allocated_bytes, excluded.allocated_bytes),
-    runs = runs + 1, last_at = excluded.last_at
+    measured_at = excluded.measured_at
 RETURNING *
 """

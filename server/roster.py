@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipelines.base import Weights
 from server import protocol, scheduler
 from server.jobs import Job
+from server.placement import LINK_BYTES_PER_S
 from server.remote import errand
 from server.scheduler import Waiting
 from server.supervisor import Supervisor
@@ -29,6 +30,7 @@ class Worker:
     status: str = "starting"  # starting idle loading running dead
     runs: Queued | None = None
     deaths: int = 0  # in a row, with no job done between
+    link_bytes_per_s: float = LINK_BYTES_PER_S
 
     @property
     def id(self) -> str:
@@ -36,7 +38,14 @@ class Worker:
 
     @property
     def view(self) -> scheduler.Device:
-        return scheduler.Device(self.id, self.budget_bytes, self.resident, idle=self.status == "idle")
+        return scheduler.Device(
+            self.id,
+            self.budget_bytes,
+            self.resident,
+            idle=self.status == "idle",
+            link_bytes_per_s=self.link_bytes_per_s,
+            host_budget_bytes=self.supervisor.device.host_budget_bytes,
+        )
 
     def forget(self, keys: set[str] | frozenset[str]) -> None:
         """These components are not resident any more."""

@@ -1,12 +1,15 @@
 """Which models can run here, and what a job of one needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.base import Weights
 from pipelines.catalog import Catalog, Model, UnknownModel
 from pipelines.installed import Installed
 from server.errors import ModelNotFound, ModelNotInstalled, RemoteUnavailable, UnsupportedResolution
-from server.vram import Need, need_of
+from server.peaks import Peaks
+from server.vram import Need, need_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Shelf:
     def __init__(self, catalog: Catalog, installed: Installed) -> None:
         self.catalog = catalog
         self.installed = installed
+        self.peaks: Peaks | None = None
 
     def find(self, name: str) -> Model:
         """By id or alias. Raises ModelNotFound, naming the close ones."""
@@ -64,11 +68,13 @@ class Shelf:
             )
         return weights
 
-    def runnable(self, model_id: str, pixels: int) -> Runnable:
-        """What a run with `pixels` output pixels takes. Raises as `find` and `weights` do."""
+    def runnable(self, model_id: str, pixels: int, params: Mapping[str, Any] | None = None) -> Runnable:
+        """What a run with `pixels` output pixels (of a video, in a frame) takes. Raises as `find` and `weights` do."""
         model = self.find(model_id)
         weights = self.weights(model)
-        return Runnable(weights, need_of(weights, model.working, pixels))
+        shape = shape_of(params or {}, pixels)
+        learned = self.peaks.learned(model.id, model.working, shape) if self.peaks else {}
+        return Runnable(weights, need_of(weights, model.working, shape, learned))
 
     def families(self) -> list[str]:
         """Families with weights installed: those that a worker does well to import ahead of need."""

@@ -185,7 +185,7 @@ def test_a_job_on_a_rung_runs_there_and_nowhere_else():
 
 
 def measured(phase: str, working: int, pixels: int = 2, way: Way = RESIDENT, kind: str = "cuda") -> Measured:
-    return Measured("flux", way, phase, pixels, 1, kind, working, working, 1, 0.0)
+    return Measured("flux", way, phase, pixels, 1, kind, working, working, 0.0)
 
 
 def expected(peaks: Peaks, pixels: int, way: Way = RESIDENT) -> int:
@@ -215,7 +215,7 @@ def test_of_each_phase_the_largest_peak_stays_in_the_database(tmp_path: Path):
     for working in (5, 9, 7):
         with store.atomic() as db:
             record_peaks(db, "flux", RESIDENT, Shape(2), "cuda", [Peak("decode", working, working - 1, 50)], 1.0)
-    assert read_peaks(store.db) == [Measured("flux", RESIDENT, "decode", 2, 1, "cuda", 9, 8, 3, 1.0)]
+    assert read_peaks(store.db) == [Measured("flux", RESIDENT, "decode", 2, 1, "cuda", 9, 8, 1.0)]
     store.close()
 
 
