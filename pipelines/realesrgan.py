@@ -20,13 +20,27 @@ from pipelines.residency import Residency
 from pipelines.tiles import Tile, cut
 
 WINDOW = {"cuda": 3072, "cpu": 2048}
-"""A window's largest side, in pixels of the network's output; the working set is about two layers of 64 channels there."""
+"""A window's largest side, in pixels of the network's output, where a deep network works on 64 channels.
+
+Two to three such layers are held at once: on a CPU (float32) 530 bytes a pixel, 2.2 GB for the largest window; the
+larger windows of a GPU take about as much in float16. Smaller ones would read the context more often: x4plus reads
+each pixel 1.9 times with 2,048 and 2.6 times with 1,536.
+"""
 
 CONTEXT = 288
-"""Real pixels around each tile, in pixels of the network's output: enough for the widest view, x4plus's."""
+"""Real pixels around each tile, in pixels of the network's output, unless the network's own reach is shorter.
+
+x4plus has the widest view of all: 351 convolutions. On three photos a tile of it differed from the untiled result, of
+255 levels, by at most 14 with 128, 5.1 with 192, 1.05 with 256, 0.58 (PSNR 75 dB) with 288. `scripts/bench_tiles.py`
+prints the difference for all three starter networks on a photo.
+"""
 
 BLEED = 16
-"""How far, in input pixels, visible colour is spread under what is transparent."""
+"""How far, in input pixels, visible colour is spread under what is transparent.
+
+A light grey disc (230) on hidden black, four times larger by animevideov3, has visible pixels of 0 to 255 with 0,
+220 to 248 with 2, 233 to 237 with 8, 235 to 237 with 16; the same grey without a hole comes out as 231 to 239.
+"""
 
 
 def build(weights: Weights, residency: Residency) -> "RealEsrgan":
@@ -96,7 +110,7 @@ def reach(model: torch.nn.Module) -> int:
 
 @torch.inference_mode()
 def upscale(network: Network, image: Image.Image, scale: int, on_step: OnStep) -> Image.Image:
-    """`image` enlarged tile by tile. Where the network makes more than `scale`, each tile is reduced by whole pixels."""
+    """`image` enlarged tile by tile. Where the network makes more than `scale`, tiles are reduced by whole pixels."""
     if network.scale % scale:
         raise InvalidInput(f"This model enlarges {network.scale} times: it cannot enlarge {scale} times.")
     device = next(network.parameters()).device

@@ -72,7 +72,11 @@ def local(session: type, path: Path) -> type:
 
 
 def session_options() -> onnxruntime.SessionOptions:
-    """As `rembg.new_session` sets them: `OMP_NUM_THREADS` threads, or onnxruntime's choice."""
+    """As `rembg.new_session` sets them: `OMP_NUM_THREADS` threads, or onnxruntime's choice.
+
+    onnxruntime's memory arena stays: a network's input has one size, so it does not grow (u2netp: as much after 200
+    pictures of different sizes as after 10). Without it u2netp takes 0.46 GB less, and nearly three times as long.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))
     return options
