@@ -60,10 +60,14 @@ def open_session(model: str, path: Path, device: torch.device) -> Any:
     """
     if model not in sessions:
         raise UnusableWeights(f"rembg knows no model {model}; it knows {', '.join(sorted(sessions))}")
+    wanted = providers(device)
     try:
-        return local(sessions[model], path)(model, session_options(), providers=providers(device))
-    except Exception as error:
+        session = local(sessions[model], path)(model, session_options(), providers=wanted)
+    except REFUSALS as error:
         raise UnusableWeights(f"{path}: {error}") from error
+    if wanted[0] not in session.inner_session.get_providers():  # onnxruntime itself goes to the CPU with a warning
+        raise RuntimeError(f"onnxruntime cannot use {wanted[0]}; its log says which library is missing")
+    return session
 
 
 def local(session: type, path: Path) -> type:
