@@ -165,6 +165,7 @@ class Intake:
             input_names=inputs.fresh_names,
             at_once=order.caller.plan.jobs_at_once,
             tops_up=order.caller.is_local,
+            weight=order.caller.plan.weight,
             claim=order.claim,
             ignored=tuple(ignored),
         )

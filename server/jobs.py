@@ -24,7 +24,8 @@ class Claim:
 class NewJob:
     """A checked request: nothing about it is left to choose. `params` are camelCase JSON; images are file names.
 
-    `at_once` is how many unfinished jobs the user may have with this one; `tops_up` grants what the balance lacks.
+    `at_once` is how many unfinished jobs the user may have with this one; `tops_up` grants what the balance lacks;
+    `weight` is the user's share of busy devices.
     """
 
     id: str
@@ -43,6 +44,7 @@ class NewJob:
     claim: Claim | None = None
     ignored: tuple[str, ...] = ()
     remote_endpoint: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class Job:
     error: Mapping[str, Any] | None
     remote_endpoint: str | None = None
     remote_request_id: str | None = None
+    priority: int = 0
+    weight: float = 1.0
+    promised_start_at: float | None = None
 
     @property
     def is_final(self) -> bool:

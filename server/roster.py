@@ -29,6 +29,13 @@ class Worker:
     resident: tuple[tuple[str, int], ...] = ()
     status: str = "starting"  # starting idle loading running dead
     runs: Queued | None = None
+    ends_at: float = 0.0  # when the running job should have ended
+    load_s: float = 0.0  # of that, what its weights take to load
+    started_at: float = 0.0
+    sign_at: float = 0.0  # of the last sign of progress
+    hang_s: float = 0.0  # so long without one, and the job hangs
+    hung: bool = False
+    halted: bool = False  # an admin took the device out: it ends what it runs and starts nothing
     deaths: int = 0  # in a row, with no job done between
     link_bytes_per_s: float = LINK_BYTES_PER_S
 
@@ -42,9 +49,10 @@ class Worker:
             self.id,
             self.budget_bytes,
             self.resident,
-            idle=self.status == "idle",
+            idle=self.status == "idle" and not self.halted,
             link_bytes_per_s=self.link_bytes_per_s,
             host_budget_bytes=self.supervisor.device.host_budget_bytes,
+            runs_s=self.runs.expected_s if self.runs else 0.0,
         )
 
     def forget(self, keys: set[str] | frozenset[str]) -> None:
@@ -84,4 +92,26 @@ class DeskSaid:
     said: errand.Said
 
 
-Message = Submitted | CancelAsked | WorkerSaid | RespawnDue | SubmittedRemote | DeskSaid
+@dataclass(frozen=True)
+class PriorityAsked:
+    job_id: str
+    priority: int
+    heard: asyncio.Future[None]
+
+
+@dataclass(frozen=True)
+class HaltAsked:
+    """`what` is the queue or a device: to start nothing until resumed."""
+
+    what: str
+    on: bool
+    heard: asyncio.Future[None]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+Asked = CancelAsked | PriorityAsked | HaltAsked
+Message = Submitted | SubmittedRemote | Asked | WorkerSaid | DeskSaid | RespawnDue | Tick

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from server.fairness import Shares
-from server.placement import GIB, Device, Evict, after, choose, evictions, refusal, seconds
+from server.placement import Device, Evict, after, choose, evictions, refusal, seconds
 from server.vram import Need
 
 __all__ = ["Action", "Device", "Evict", "Policy", "Refuse", "Start", "Waiting", "after", "plan", "refusal"]
@@ -67,8 +67,8 @@ class Policy:
     for longer than `age_cap_s`.
     """
 
-    quantum: float = 100.0
-    length_bias: float = 5.0
+    quantum: float = 200.0
+    length_bias: float = 10.0
     long_s: float = 30.0
     age_cap_s: float = 600.0
 
@@ -204,14 +204,3 @@ def options(need: Need, idle: Iterable[Device]) -> list[tuple[float, Device]]:
     ways = [(device, way) for device in idle if (way := choose(need, device))]
     timed = [(way.tiled, seconds(need, device, way), -device.free_bytes, device) for device, way in ways]
     return [(load_s, device) for _, load_s, _, device in sorted(timed, key=lambda option: option[:3])]
-
-
-def reason(need: Need, devices: Iterable[Device]) -> str:
-    """Why a queued job does not run yet, for a person."""
-    able = [device for device in devices if choose(need, device)]
-    if not able:
-        return f"needs {need.total_bytes / GIB:.1f} GiB; no running device has as much"
-    if any(device.idle for device in able):
-        return "starts as soon as the jobs before it have"
-    names = ", ".join(device.id for device in able)
-    return f"needs {need.total_bytes / GIB:.1f} GiB; every device that can hold it is busy ({names})"

@@ -62,6 +62,11 @@ class World:
             self.now = max(self.now, min(moments))
         return self.runs
 
+    def busy_until_then(self) -> float:
+        """When the devices are free again, on average."""
+        ends = {run.device: run.ends_at for run in self.runs} or self.busy_until
+        return sum(ends.values()) / len(ends) if ends else self.now
+
     def comes(self, job: Waiting) -> None:
         self.waiting[job.job_id] = job
         self.turns.came(job)

@@ -21,6 +21,10 @@ T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 5.0
 INTERRUPTED = {"error": "The worker died twice while running this job.", "code": "GENERATION_FAILED"}
+HUNG = {
+    "error": "The job showed no progress for many times as long as it should take, twice.",
+    "code": "GENERATION_TIMEOUT",
+}
 LOST_ON_THE_WAY = {
     "error": "The server died while it handed this job to fal.ai. It is not known to have arrived, and not sent twice.",
     "code": "REMOTE_SUBMIT_UNKNOWN",
@@ -62,7 +66,7 @@ class Store:
             self.db.rollback()
             raise
 
-    def insert(self, new: NewJob, now: float) -> tuple[Job, int]:
+    def insert(self, new: NewJob, now: float, promised_start_at: float | None = None) -> tuple[Job, int]:
         """Claim the Idempotency-Key, take a slot of the plan, charge and queue: all in one transaction, or nothing.
 
         Returns the job and the balance. Raises KeyTaken, ConcurrencyLimit or InsufficientCredits, in this order.
@@ -82,6 +86,8 @@ class Store:
             "created_at": now,
             "served_by": "fal" if new.remote_endpoint else None,
             "remote_endpoint": new.remote_endpoint,
+            "weight": new.weight,
+            "promised_start_at": promised_start_at,
         }
         with self.atomic() as db:
             idempotency.claim(db, new, now)
@@ -146,8 +152,10 @@ class Store:
         """Queued or running → cancelled, refunded in the same transaction. None if it had ended before."""
         return self._end_unpaid(job_id, "cancelled", {"error": "The job was cancelled.", "code": "CANCELLED"}, now)
 
-    def requeue(self, job_id: str, now: float, *, count_attempt: bool = True) -> Job | None:
-        """Running → queued, at its old place; after its last attempt → failed and refunded."""
+    def requeue(
+        self, job_id: str, now: float, *, count_attempt: bool = True, error: dict[str, Any] = INTERRUPTED
+    ) -> Job | None:
+        """Running → queued, at its old place; after its last attempt → failed with `error` and refunded."""
         with self.atomic():
             job = self._changed(
                 "UPDATE job SET status = 'queued', device = NULL, started_at = NULL,"
@@ -155,7 +163,7 @@ class Store:
                 " AND (attempts < :most OR :uncount) RETURNING *",
                 {"id": job_id, "most": MAX_ATTEMPTS, "uncount": 0 if count_attempt else 1},
             )
-        return job or self.fail(job_id, INTERRUPTED, now)
+        return job or self.fail(job_id, error, now)
 
     def recover(self, now: float) -> list[Job]:
         """At start: what a dead server left running is queued again or failed. Returns the queue, oldest first."""
@@ -164,6 +172,24 @@ class Store:
             self.requeue(row["id"], now)
         queued = "SELECT * FROM job WHERE status = 'queued' AND served_by IS NOT 'fal' ORDER BY seq"
         return [_job(row) for row in self.db.query(queued)]
+
+    def prioritise(self, job_id: str, priority: int) -> Job | None:
+        """None if it waits no more."""
+        sql = "UPDATE job SET priority = :priority WHERE id = :id AND status = 'queued' RETURNING *"
+        with self.atomic():
+            return self._changed(sql, {"id": job_id, "priority": priority})
+
+    def halt(self, what: str, now: float) -> None:
+        """Write down that the queue, or a device, is to start nothing: it holds until `resume`, restarts or not."""
+        with self.atomic() as db:
+            db.execute("INSERT OR IGNORE INTO halt VALUES (?, ?)", [what, now])
+
+    def resume(self, what: str) -> None:
+        with self.atomic() as db:
+            db.execute("DELETE FROM halt WHERE what = ?", [what])
+
+    def halted(self) -> set[str]:
+        return {row["what"] for row in self.db.query("SELECT what FROM halt")}
 
     def job(self, job_id: str) -> Job:
         """Raises KeyError."""

@@ -1,6 +1,7 @@
 """The books of fairness, kept up as jobs come, start and end. Pure: told the time, never asking for it."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from server import fairness
 from server.fairness import Shares
@@ -14,6 +15,26 @@ class Turns:
         self.shares = Shares()
         self._waiting: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._running: Counter[str] = Counter()
+
+    def copied(self, waiting: Iterable[Waiting]) -> "Turns":
+        """As the books stand now, with only these waiting: for looking ahead."""
+        turns = Turns()
+        turns.shares, turns._running = self.shares, Counter(self._running)
+        for job in waiting:
+            turns._waiting[job.user_id][job.job_id] = None
+        return turns
+
+    def with_one_more(self, job: Waiting) -> "Turns":
+        """The books if this job came now."""
+        turns = Turns()
+        turns.shares, turns._running = self.shares, Counter(self._running)
+        if job.user_id not in self._active():
+            turns.shares = fairness.joined(self.shares, job.user_id)
+        return turns
+
+    def waiting(self, user_id: str) -> int:
+        """How many of the user's jobs wait."""
+        return len(self._waiting.get(user_id, ()))
 
     def came(self, job: Waiting) -> None:
         if job.user_id not in self._active():
@@ -49,7 +70,7 @@ class Turns:
 
     def _stop(self, job: Waiting) -> None:
         self._running[job.user_id] -= 1
-        if not self._running[job.user_id]:
+        if self._running[job.user_id] <= 0:
             del self._running[job.user_id]
 
     def _active(self) -> set[str]:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.scheduler import Device, Evict, Refuse, Start, Waiting, after, plan, reason, refusal
+from server.scheduler import Device, Evict, Refuse, Start, Waiting, after, plan, refusal
 from server.vram import Need
 
 GIB = 2**30
@@ -70,14 +70,6 @@ def test_a_job_for_the_large_busy_device_waits_and_a_younger_one_takes_the_small
 def test_jobs_spread_over_devices():
     jobs = [waiting("j1", "a"), waiting("j2", "a"), waiting("j3", "a")]
     assert plan(jobs, [device("gpu0"), device("gpu1")]) == [Start("j1", "gpu0"), Start("j2", "gpu1")]
-
-
-def test_reasons_are_for_a_person():
-    large = need("a", weights=12 * GIB, working=2 * GIB)
-    box = Device("gpu0", 16 * GIB, idle=False)
-    assert reason(large, [box]) == "needs 14.0 GiB; every device that can hold it is busy (gpu0)"
-    assert refusal(large, [Device("gpu0", 10 * GIB)]) == "needs 14.0 GiB; the largest device here has 10.0 GiB"
-    assert refusal(large, [box]) is None
 
 
 KEYS = st.sampled_from("abcdef")

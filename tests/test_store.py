@@ -171,7 +171,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(ACTS), st.integers(1, 4)))
 
 
 @given(STEPS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 def test_in_any_order_of_events_the_ledger_adds_up(tmp_path_factory: pytest.TempPathFactory, steps: list):
     store = Store(tmp_path_factory.mktemp("store") / "plantain.sqlite")
     user = accounts.create_user(store.db, "Ada", "ada@example.com", NOW)

@@ -100,14 +100,24 @@ def _progress(served: Services, job: Job) -> dict[str, Any] | None:
     progress = served.dispatcher.progress.get(job.id)
     if job.status != "running" or progress is None:
         return None
-    return {"phase": progress.phase, "step": progress.step, "steps": progress.steps, "secondsLeft": None}
+    left = served.dispatcher.seconds_left(job.id)
+    return {
+        "phase": progress.phase,
+        "step": progress.step,
+        "steps": progress.steps,
+        "secondsLeft": left and round(left, 1),
+    }
 
 
 def _queue(served: Services, job: Job) -> dict[str, Any] | None:
-    position = served.dispatcher.position(job.id) if job.status == "queued" else None
-    if position is None:
+    place = served.dispatcher.place(job.id) if job.status == "queued" else None
+    if place is None:
         return None
-    return {"position": position, "reason": served.dispatcher.reason(job.id), "expectedStartAt": None}
+    return {
+        "position": place.position,
+        "reason": served.dispatcher.reason(job.id),
+        "expectedStartAt": iso_or_none(place.start_at),
+    }
 
 
 def _params(served: Services, params: Mapping[str, Any], base_url: str) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""The jobs that wait: their order, whose turn it is, how long they take, and when each will start."""
+
+from collections.abc import Iterable, Sequence
+
+from server import forecast, scheduler
+from server.forecast import Place
+from server.jobs import Job, NewJob
+from server.placement import Device
+from server.roster import Queued, Worker
+from server.scheduler import Action, Waiting
+from server.shelf import Runnable
+from server.timings import Timing, Timings, work_of
+from server.turns import Turns
+from server.vram import shape_of
+
+QUEUE = "queue"
+"""What `halted` calls the queue as a whole; devices go by their id."""
+STARTING_S = 10.0
+"""How long a worker takes to start, at a guess."""
+LEAST_RETRY_S, MOST_RETRY_S = 5, 600
+
+
+class Backlog:
+    """Owned by the dispatcher. `jobs` are in the order in which they came."""
+
+    def __init__(self, timings: Iterable[Timing], halted: Iterable[str]) -> None:
+        self.jobs: dict[str, Queued] = {}
+        self.turns = Turns()
+        self.timings = Timings(list(timings))
+        self.halted = set(halted)
+        self._seen: tuple[object, dict[str, Place]] = (None, {})
+        self._changes = 0
+
+    def queued(self, job: Job, runnable: Runnable) -> Queued:
+        work = work_of(shape_of(job.params, job.pixels))
+        return Queued(
+            job_id=job.id,
+            need=runnable.need,
+            user_id=job.user_id,
+            weight=job.weight,
+            priority=job.priority,
+            expected_s=self.timings.expect(job.model, job.workflow, work, job.kind),
+            created_at=job.created_at,
+            job=job,
+            weights=runnable.weights,
+        )
+
+    def add(self, queued: Queued) -> None:
+        self._changes += 1
+        self.jobs[queued.job_id] = queued
+        self.turns.came(queued)
+
+    def add_back(self, queued: Queued) -> None:
+        """A job that ran, and is to run again before all others."""
+        self._changes += 1
+        self.jobs = {queued.job_id: queued, **self.jobs}
+        self.turns.came_back(queued)
+
+    def start(self, job_id: str, now: float) -> Queued:
+        self._changes += 1
+        queued = self.jobs.pop(job_id)
+        self.turns.started(queued, now)
+        return queued
+
+    def drop(self, job_id: str) -> Queued | None:
+        """A job that is not to run: cancelled or refused. None if it does not wait."""
+        self._changes += 1
+        if queued := self.jobs.pop(job_id, None):
+            self.turns.left(queued)
+        return queued
+
+    def replace(self, queued: Queued) -> None:
+        """The same job with another priority."""
+        self._changes += 1
+        self.jobs[queued.job_id] = queued
+
+    def ended(self, queued: Queued, took_s: float) -> None:
+        self._changes += 1
+        self.turns.ended(queued, took_s)
+
+    def learn(self, queued: Queued, run_s: float) -> Timing:
+        job = queued.job
+        return self.timings.learn(job.model, job.workflow, work_of(shape_of(job.params, job.pixels)), run_s)
+
+    def plan(self, devices: Sequence[Device], now: float) -> list[Action]:
+        """Nothing starts while the queue is halted."""
+        if QUEUE in self.halted or not self.jobs:
+            return []
+        return scheduler.plan(list(self.jobs.values()), devices, now, self.turns.shares)
+
+    def places(self, workers: Sequence[Worker], now: float, also: Waiting | None = None) -> dict[str, Place]:
+        """Where each job stands; `also` is one that would come now. Looked up again at most once a second."""
+        state = (self._changes, int(now), also)
+        if self._seen[0] != state:
+            waiting = [*self.jobs.values(), *([also] if also else [])]
+            turns = self.turns if also is None else self.turns.with_one_more(also)
+            free = {worker.id: at for worker in workers if (at := free_at(worker, now)) is not None}
+            devices = [worker.view for worker in workers]
+            self._seen = (state, forecast.forecast(waiting, devices, free, now, turns))
+        return self._seen[1]
+
+    def promise(self, new: NewJob, runnable: Runnable, workers: Sequence[Worker], now: float) -> float | None:
+        """When a job that comes now should start; it is measured how far this was off."""
+        asked = self.timings.expect(new.model, new.workflow, work_of(shape_of(new.params, new.pixels)), new.kind)
+        job = Waiting(new.id, runnable.need, new.user_id, new.weight, expected_s=asked, created_at=now)
+        return self.places(workers, now, job)[new.id].start_at
+
+    def reason(self, queued: Queued, workers: Sequence[Worker], now: float) -> str:
+        """Why a job waits, for a person."""
+        if QUEUE in self.halted:
+            return "the queue is paused"
+        place = self.places(workers, now)[queued.job_id]
+        views = [worker.view for worker in workers if worker.status != "dead" and worker.id not in self.halted]
+        titles = {worker.id: title(index, worker) for index, worker in enumerate(workers)}
+        return forecast.reason(queued.need, place, views, titles, now)
+
+    def retry_s(self, workers: Sequence[Worker]) -> int:
+        """When to come again to a full queue: as soon as a tenth of what waits should have been done."""
+        work_s = sum(queued.expected_s for queued in self.jobs.values())
+        return round(min(MOST_RETRY_S, max(LEAST_RETRY_S, work_s / 10 / max(1, len(workers)))))
+
+
+def free_at(worker: Worker, now: float) -> float | None:
+    """When the worker could take another job; None if nobody knows, or an admin took it out."""
+    match worker.status:
+        case _ if worker.halted:
+            return None
+        case "loading" | "running":
+            return max(now, worker.ends_at)
+        case "idle":
+            return now
+        case _:
+            return now + STARTING_S
+
+
+def title(index: int, worker: Worker) -> str:
+    """What a person calls the device."""
+    return "the CPU" if worker.supervisor.device.torch_device == "cpu" else f"GPU {index}"
