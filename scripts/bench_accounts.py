@@ -6,6 +6,7 @@ measure beside it.
 
 import argparse
 import asyncio
+import gc
 import json
 import socket
 import statistics
@@ -99,6 +100,8 @@ def serve(folder: Path, descriptor: int) -> None:
         settings = Settings(data=folder / "data", weights_toml=folder / "weights.toml")
         async with front(settings, Now()) as it:
             config = uvicorn.Config(it.app, log_level="warning", lifespan="off")
+            gc.collect()
+            gc.freeze()  # as `plantain serve` does
             await uvicorn.Server(config).serve([socket.socket(fileno=descriptor)])
 
     asyncio.run(run())

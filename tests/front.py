@@ -1,7 +1,9 @@
 """The whole app in-process, over workers that end every job at once: for who may do what, and what it costs."""
 
 import asyncio
+import base64
 import functools
+import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from PIL import Image
 from safetensors.numpy import save_file
 
 from pipelines.catalog import Catalog
@@ -20,7 +23,6 @@ from server.devices import DeviceSpec
 from server.protocol import Cancel, Cancelled, Failed, Ready, Run, Succeeded
 from server.services import Services
 from server.settings import Settings
-from tests.house import data_url
 
 GENERATE = "/api/image/fal/generate"
 PNG = bytes.fromhex(
@@ -227,6 +229,7 @@ def told(**options: Any) -> Callable[[Callable[[Front], Awaitable[None]]], Calla
 
 @functools.cache
 def picture() -> str:
-    from PIL import Image
-
-    return data_url(Image.new("RGB", (8, 8), (200, 30, 30)))
+    """A small one, as a data URL."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(buffer, "png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,6 +1,7 @@
 """`plantain serve`."""
 
 import fcntl
+import gc
 import logging
 import os
 import socket
@@ -56,6 +57,8 @@ def serve(
         listener = config.bind_socket()  # before the greeting says that it listens
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it for sockets it did not make
         _greet(settings, made)
+        gc.collect()
+        gc.freeze()  # what lives as long as the server need not be walked again: that stops all calls for so long
         uvicorn.Server(config).run([listener])
 
 
