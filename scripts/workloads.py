@@ -57,7 +57,7 @@ def bursty(rng: random.Random, jobs: int, load: float, count: int) -> list[Waiti
 def greedy(rng: random.Random, jobs: int, load: float, count: int) -> list[Waiting]:
     """One of ten asks at the start for twice what all the others do, who ask for 0.7 of the devices as time goes on."""
     moments = poisson(rng, 0.7 * load, count, list(MODELS)[:5])
-    others = [job(n, any_image(rng), rng.choice(USERS[1:]), at) for n, at in enumerate(islice(moments, jobs))]
+    others = [job(n, any_image(rng), rng.choice(USERS[1:]), at) for n, at in enumerate(islice(moments, jobs // 3))]
     count_of_batch = int(2 * sum(each.expected_s for each in others) / MODELS["flux-dev"][1])
     return [*(job(jobs + n, "flux-dev", USERS[0], 0.0) for n in range(count_of_batch)), *others]
 

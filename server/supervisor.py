@@ -23,8 +23,11 @@ OnEvent = Callable[[str, Event], None]
 class Supervisor:
     """One worker process, spawned afresh: nothing of the server's memory, threads or imports goes with it."""
 
-    def __init__(self, device: DeviceSpec, families: Sequence[str], on_event: OnEvent) -> None:
+    def __init__(
+        self, device: DeviceSpec, families: Sequence[str], on_event: OnEvent, module: str = "server.worker"
+    ) -> None:
         self.device = device
+        self._module = module
         self._families = families
         self._on_event = on_event
         self._process: subprocess.Popen[bytes] | None = None
@@ -40,7 +43,7 @@ class Supervisor:
         ours, theirs = Pipe()
         arguments = [str(theirs.fileno()), self.device.torch_device, *self._families]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "server.worker", *arguments],
+            [sys.executable, "-m", self._module, *arguments],
             pass_fds=[theirs.fileno()],
             env=environment(self.device),
         )
