@@ -13,9 +13,11 @@ from PIL import Image
 
 from pipelines.base import InvalidInput, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
+from pipelines.embeddings import tokenizer_key
 from pipelines.loading import load_component, load_small, read_json
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
 from pipelines.residency import Residency
+from pipelines.tiling import tiled
 from pipelines.video import Frame, first_frames, last_frames, open_covering
 
 MAX_TOKENS = 256
@@ -52,6 +54,7 @@ class Ltx:
         self._weights = weights
         self._residency = residency
         self._tokenizer = load_small(folder, "tokenizer")
+        self._tokenizer_key = tokenizer_key(folder / "tokenizer")
         self._noise_scheduler = load_small(folder, "scheduler")
 
     def generate(self, params: TextToVideo, on_step: OnStep) -> Clip:
@@ -74,15 +77,23 @@ class Ltx:
         return Clip(frames[start.repeated :], params.fps, start.after)
 
     def _encode_prompts(self, params: TextToVideo) -> dict[str, Any]:
-        """T5 embeddings (1, 256, width) and their masks, as diffusers' keyword arguments."""
-        names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-        values = self._pipe("text_encoder").encode_prompt(
-            params.prompt,
-            params.negative_prompt,
-            do_classifier_free_guidance=params.guidance_scale > 1,
-            max_sequence_length=MAX_TOKENS,
-        )
-        return dict(zip(names, values, strict=True))
+        """As diffusers' keyword arguments; the negative ones where there is guidance."""
+        embeds, mask = self._embeds(params.prompt)
+        inputs = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+        if params.guidance_scale > 1:
+            embeds, mask = self._embeds(params.negative_prompt)
+            inputs |= {"negative_prompt_embeds": embeds, "negative_prompt_attention_mask": mask}
+        return inputs
+
+    def _embeds(self, text: str) -> tuple[torch.Tensor | None, ...]:
+        """T5's (1, 256, width), and which tokens count. Of a text that was encoded before, without the encoder."""
+
+        def encode() -> tuple[torch.Tensor | None, ...]:
+            pipe = self._pipe("text_encoder")
+            return pipe.encode_prompt(text, None, False, max_sequence_length=MAX_TOKENS)[:2]
+
+        key = (self._weights.component("text_encoder").key, self._tokenizer_key, text, MAX_TOKENS)
+        return self._residency.embeddings.get(key, self._residency.device, encode)
 
     def _denoise(
         self, params: TextToVideo, start: "Start", embeds: dict[str, Any], generator: torch.Generator, on_step: OnStep
@@ -114,9 +125,10 @@ class Ltx:
             noise = torch.randn(latents.shape, generator=generator, dtype=vae.dtype).to(vae.device)
             share, timestep = torch.tensor([[DECODE_NOISE], [DECODE_TIMESTEP]], device=vae.device, dtype=vae.dtype)
             latents = (1 - share) * latents + share * noise
-        vae.use_framewise_decoding = count > WHOLE_FRAMES
         vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = PIECE_FRAMES, PIECE_STRIDE
-        pixels = vae.decode(latents, timestep, return_dict=False)[0][0]
+        vae.use_framewise_decoding = count > WHOLE_FRAMES
+        with tiled(vae, self._residency.way.tiled):
+            pixels = vae.decode(latents, timestep, return_dict=False)[0][0]
         vae.use_framewise_decoding = False  # encoding heeds it too
         return to_frames(pixels)
 

@@ -1,32 +1,24 @@
 """Wan 2.1: text, image, references or a video's end to video, by diffusers, on components its variants share."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
-from PIL import Image, ImageOps
 
-from pipelines.base import InvalidInput, OnStep, UnusableWeights, Weights
+from pipelines.base import OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
+from pipelines.embeddings import tokenizer_key
 from pipelines.loading import load_component, load_small, read_json
-from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
+from pipelines.params import ImageToVideo, TextToVideo
 from pipelines.residency import Residency
-from pipelines.video import first_frames, last_frames, open_covering
+from pipelines.tiling import tiled
+from pipelines.wan_starts import RECIPES, Start, check, check_count
 
 MAX_TOKENS = 512
-FRAMES_PER_LATENT = 4
-SIZE_MULTIPLE = 16
-TRAINED_FRAMES = 81
-CONTEXT_FRAMES = 17
-"""What VACE sees of a video that it extends, at most: a second of motion."""
 SHIFTED_PIXELS = 600_000
 """diffusers' guide (api/pipelines/wan): the noise schedule is shifted by 5 for 720p, by 3 for 480p."""
-UNKNOWN = Image.new("RGB", (1, 1), (128, 128, 128))
-"""Mid-grey is 0 to the VAE: what VACE was trained to see where there is nothing."""
 
 
 def build(weights: Weights, residency: Residency) -> "Wan":
@@ -46,6 +38,7 @@ class Wan:
             raise UnusableWeights(f"{folder / 'model_index.json'}: {self._architecture} is not a Wan known here")
         self._pipeline, self._denoisers = ARCHITECTURES[self._architecture]
         self._tokenizer = load_small(folder, "tokenizer")
+        self._tokenizer_key = tokenizer_key(folder / "tokenizer")
         self._noise_scheduler = load_small(folder, "scheduler")
         self._image_processor = load_small(folder, "image_processor") if "image_encoder" in self._denoisers else None
         # Only the variant for first and last frames has positions for the tokens of two pictures.
@@ -70,7 +63,7 @@ class Wan:
             on_step("decode", 1, 1)
         return Clip(frames[start.repeated :], params.fps, start.after)
 
-    def _start(self, params: TextToVideo) -> "Start":
+    def _start(self, params: TextToVideo) -> Start:
         recipe = RECIPES.get((self._architecture, type(params)))
         if recipe is None:
             raise UnusableWeights(f"{self._weights.folder}: a {self._architecture} cannot run {type(params).__name__}")
@@ -79,34 +72,41 @@ class Wan:
         return recipe(params)
 
     def _encode_prompts(self, params: TextToVideo) -> dict[str, Any]:
-        """UMT5 embeddings (1, 512, width), as diffusers' keyword arguments."""
-        pipe = self._pipe(WanPipeline, params, "text_encoder")
-        embeds, negative = pipe.encode_prompt(
-            params.prompt,
-            params.negative_prompt,
-            do_classifier_free_guidance=params.guidance_scale > 1,
-            max_sequence_length=MAX_TOKENS,
-        )
-        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+        """As diffusers' keyword arguments; the negative ones where there is guidance."""
+        embeds = {"prompt_embeds": self._embeds(params, params.prompt)}
+        if params.guidance_scale > 1:
+            embeds["negative_prompt_embeds"] = self._embeds(params, params.negative_prompt)
+        return embeds
+
+    def _embeds(self, params: TextToVideo, text: str) -> torch.Tensor | None:
+        """UMT5's (1, 512, width). Of a text that was encoded before, without the encoder."""
+
+        def encode() -> tuple[torch.Tensor | None]:
+            pipe = self._pipe(WanPipeline, params, "text_encoder")
+            return (pipe.encode_prompt(text, None, False, max_sequence_length=MAX_TOKENS)[0],)
+
+        key = (self._weights.component("text_encoder").key, self._tokenizer_key, text, MAX_TOKENS)
+        return self._residency.embeddings.get(key, self._residency.device, encode)[0]
 
     def _denoise(
-        self, params: TextToVideo, start: "Start", embeds: dict[str, Any], generator: torch.Generator, on_step: OnStep
+        self, params: TextToVideo, start: Start, embeds: dict[str, Any], generator: torch.Generator, on_step: OnStep
     ) -> torch.Tensor:
         """Latents (1, channels, count, height / 8, width / 8); the references' come first."""
         pipe = self._pipe(self._pipeline, params, *self._denoisers)
-        return pipe(
-            **start.inputs,
-            **embeds,
-            width=params.width,
-            height=params.height,
-            num_frames=start.frames,
-            num_inference_steps=params.num_inference_steps,
-            guidance_scale=params.guidance_scale,
-            generator=generator,
-            callback_on_step_end=report_steps(on_step),
-            output_type="latent",
-            return_dict=False,
-        )[0]
+        with tiled(pipe.vae, self._residency.way.tiled and pipe.vae is not None):
+            return pipe(
+                **start.inputs,
+                **embeds,
+                width=params.width,
+                height=params.height,
+                num_frames=start.frames,
+                num_inference_steps=params.num_inference_steps,
+                guidance_scale=params.guidance_scale,
+                generator=generator,
+                callback_on_step_end=report_steps(on_step),
+                output_type="latent",
+                return_dict=False,
+            )[0]
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
         """Frames (count, height, width, 3), 8 bits, as diffusers' own pipelines decode them."""
@@ -116,7 +116,8 @@ class Wan:
             torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        return to_frames(vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][0])
+        with tiled(vae, self._residency.way.tiled):
+            return to_frames(vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][0])
 
     def _pipe(self, pipeline: Any, params: TextToVideo, *names: str) -> Any:
         """A diffusers pipeline on the named components alone."""
@@ -140,106 +141,6 @@ ARCHITECTURES: Mapping[str, tuple[Any, tuple[str, ...]]] = {
     "WanVACEPipeline": (WanVACEPipeline, ("transformer", "vae")),
 }
 """By `model_index.json`'s `_class_name`: diffusers' class, and the components that it denoises with."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run begins with: diffusers' keyword arguments, and the frames to make.
-
-    The first `repeated` frames stand in the video `after` already. References take latents of their own.
-    """
-
-    inputs: Mapping[str, Any]
-    frames: int
-    repeated: int = 0
-    after: Path | None = None
-    reference_latents: int = 0
-
-
-def from_text(params: TextToVideo) -> Start:
-    return Start({}, params.num_frames)
-
-
-def from_image(params: ImageToVideo) -> Start:
-    """The first frame, or the first and the last."""
-    pictures = [open_covering(path, size_of(params)) for path in params.images]
-    return Start(dict(zip(("image", "last_image"), pictures, strict=False)), params.num_frames)
-
-
-def from_last_frame(params: ExtendVideo) -> Start:
-    """Image to video was trained on one frame that is known, so that is all it sees of the video."""
-    frames = last_frames(params.video, size_of(params), 1, params.fps)
-    return Start({"image": Image.fromarray(frames[0])}, 1 + params.num_frames, repeated=1, after=params.video)
-
-
-def vace_from_image(params: ImageToVideo) -> Start:
-    check_count(params.images, 1, 2)
-    pictures = [open_covering(path, size_of(params)) for path in params.images]
-    known = dict(zip((0, params.num_frames - 1), pictures, strict=False))
-    return Start(inpainting(known, params.num_frames, size_of(params)), params.num_frames)
-
-
-def vace_from_end(params: ExtendVideo) -> Start:
-    """As many of the last frames as leave the length that the model was trained on: 4n + 1, at least one."""
-    wanted = min(CONTEXT_FRAMES, max(1, TRAINED_FRAMES - params.num_frames))
-    frames = last_frames(params.video, size_of(params), wanted, params.fps)
-    frames = frames[-((len(frames) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1) :]
-    count = len(frames) + params.num_frames
-    known = {n: Image.fromarray(frame) for n, frame in enumerate(frames)}
-    return Start(inpainting(known, count, size_of(params)), count, repeated=len(frames), after=params.video)
-
-
-def vace_from_references(params: ReferenceToVideo) -> Start:
-    """Pictures of what is to appear; and a video whose shapes and motion are kept, by VACE's task of colouring grey."""
-    inputs: dict[str, Any] = {}
-    if params.images:
-        inputs["reference_images"] = [ImageOps.contain(open_covering(path), size_of(params)) for path in params.images]
-    if params.video:
-        frames = first_frames(params.video, size_of(params), params.num_frames, params.fps)
-        greys = [ImageOps.grayscale(Image.fromarray(frame)).convert("RGB") for frame in frames]
-        inputs["video"] = greys + [UNKNOWN.resize(size_of(params))] * (params.num_frames - len(greys))
-    if not inputs:
-        raise InvalidInput("A reference is needed: images, a video, or both.")
-    return Start(inputs, params.num_frames, reference_latents=len(params.images))
-
-
-def inpainting(known: Mapping[int, Image.Image], count: int, size: tuple[int, int]) -> dict[str, Any]:
-    """VACE's masked video: black where a frame is known, white where one is to be made."""
-    black, white, unknown = Image.new("L", size, 0), Image.new("L", size, 255), UNKNOWN.resize(size)
-    return {
-        "video": [known.get(n, unknown) for n in range(count)],
-        "mask": [black if n in known else white for n in range(count)],
-    }
-
-
-RECIPES: Mapping[tuple[str, type[TextToVideo]], Callable[[Any], Start]] = {
-    ("WanPipeline", TextToVideo): from_text,
-    ("WanImageToVideoPipeline", ImageToVideo): from_image,
-    ("WanImageToVideoPipeline", ExtendVideo): from_last_frame,
-    ("WanVACEPipeline", TextToVideo): from_text,
-    ("WanVACEPipeline", ImageToVideo): vace_from_image,
-    ("WanVACEPipeline", ReferenceToVideo): vace_from_references,
-    ("WanVACEPipeline", ExtendVideo): vace_from_end,
-}
-
-
-def size_of(params: TextToVideo) -> tuple[int, int]:
-    return params.width, params.height
-
-
-def check(params: TextToVideo) -> None:
-    if params.width % SIZE_MULTIPLE or params.height % SIZE_MULTIPLE:
-        raise InvalidInput(f"{params.width} x {params.height}: both must be multiples of {SIZE_MULTIPLE}.")
-    added = isinstance(params, ExtendVideo)
-    if (params.num_frames - (0 if added else 1)) % FRAMES_PER_LATENT:
-        rule = "added frames must be a multiple of 4" if added else "frames must be a multiple of 4, and one"
-        raise InvalidInput(f"{params.num_frames} frames: {rule}.")
-
-
-def check_count(images: Sequence[Path], *counts: int) -> None:
-    if len(images) not in counts:
-        takes = " or ".join(map(str, counts))
-        raise InvalidInput(f"This model takes {takes} image{'s' * (max(counts) > 1)}, not {len(images)}.")
 
 
 def report_steps(on_step: OnStep) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:

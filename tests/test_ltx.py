@@ -13,7 +13,7 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
 from pipelines import ltx
-from pipelines.base import BadOutput, InvalidInput, JobCancelled, UnusableWeights
+from pipelines.base import BadOutput, InvalidInput, JobCancelled, UnusableWeights, Way
 from pipelines.loading import load_component
 from pipelines.ltx import Ltx
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
@@ -273,3 +273,32 @@ def test_nothing_is_asked_of_the_network(model: Ltx, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(socket, "socket", refuse)
     model.generate(text(), ignore)
+
+
+# Ways to run it
+
+
+@pytest.mark.parametrize("way", [Way("staged"), Way("streamed"), Way("staged", tiled=True)])
+def test_another_way_makes_the_same_clip(model: Ltx, folder: Path, residency: Residency, way: Way, footage: Path):
+    """In tiles too, as long as the frame fits in one tile; and nothing of the way is left in the VAE."""
+    expected = frames_of(model, extend(footage))
+    residency.clear()
+    keys = {part.name: part.key for part in video_weights_of(folder).components}
+    phases = (
+        ("encode", (keys["text_encoder"],)),
+        ("denoise", (keys["transformer"], keys["vae"])),
+        ("decode", (keys["vae"],)),
+    )
+    kept = ((keys["transformer"], 0),) if way.tier == "streamed" else ()
+    residency.begin(Way(way.tier, way.tiled, phases, kept))
+    clip = model.generate(extend(footage), lambda phase, step, steps: residency.enter(phase))
+    assert np.array_equal(clip.frames, expected)
+    assert [key for key, _ in residency.resident()] == [keys["vae"]]
+    assert not residency.hold(video_weights_of(folder).component("vae"), load_component).use_tiling
+
+
+def test_a_prompt_is_encoded_once(model: Ltx, residency: Residency, folder: Path):
+    first = frames_of(model, text())
+    residency.evict(video_weights_of(folder).component("text_encoder").key)
+    assert np.array_equal(frames_of(model, text()), first)
+    assert "text_encoder" not in {held.name for held in residency.held() if held.device_bytes}

@@ -11,8 +11,8 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
 from PIL import Image
 
-from pipelines import wan
-from pipelines.base import BadOutput, Component, InvalidInput, JobCancelled, UnusableWeights
+from pipelines import wan, wan_starts
+from pipelines.base import BadOutput, Component, InvalidInput, JobCancelled, UnusableWeights, Way
 from pipelines.loading import load_component
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
 from pipelines.residency import Residency
@@ -188,14 +188,14 @@ def test_extending_from_the_last_frame_alone(build, footage: Path):
     """Eight frames are asked for and nine are made: the first is the video's last, and is left out."""
     clip = build("i2v").generate(extend(footage), ignore)
     assert (clip.frames.shape[0], clip.after) == (8, footage)
-    start = wan.from_last_frame(extend(footage))
+    start = wan_starts.from_last_frame(extend(footage))
     assert (start.frames, start.repeated) == (9, 1)
     assert np.abs(np.asarray(start.inputs["image"]).astype(int) - boxes(20, 64, 48)[19]).mean() < 4
 
 
 @pytest.mark.parametrize(("added", "seen"), [(8, 17), (64, 17), (68, 13), (80, 1), (120, 1)])
 def test_vace_sees_as_many_of_the_last_frames_as_leave_the_trained_length(footage: Path, added: int, seen: int):
-    start = wan.vace_from_end(extend(footage, num_frames=added))
+    start = wan_starts.vace_from_end(extend(footage, num_frames=added))
     assert (start.repeated, start.frames) == (seen, seen + added)
     assert len(start.inputs["video"]) == len(start.inputs["mask"]) == seen + added
     assert [mask.getpixel((0, 0)) for mask in start.inputs["mask"]] == [0] * seen + [255] * added
@@ -209,7 +209,7 @@ def test_vace_extends(build, footage: Path):
 
 
 def test_vace_keeps_the_shapes_of_a_reference_video(build, footage: Path):
-    start = wan.vace_from_references(reference(video=footage, num_frames=33))
+    start = wan_starts.vace_from_references(reference(video=footage, num_frames=33))
     assert len(start.inputs["video"]) == 33
     assert all(len(set(frame.getpixel((30, 16)))) == 1 for frame in start.inputs["video"]), "grey"
     assert start.inputs["video"][-1].getcolors() == [(64 * 48, (128, 128, 128))], "no video there: anything may come"
@@ -220,13 +220,13 @@ def test_vace_keeps_the_shapes_of_a_reference_video(build, footage: Path):
 
 
 def test_vace_takes_a_first_and_a_last_frame(build, picture: Path):
-    start = wan.vace_from_image(image(picture, picture))
+    start = wan_starts.vace_from_image(image(picture, picture))
     assert [n for n, mask in enumerate(start.inputs["mask"]) if not mask.getpixel((0, 0))] == [0, 8]
     assert build("vace").generate(image(picture), ignore).frames.shape[0] == 9
 
 
 def test_a_picture_covers_the_clip(picture: Path):
-    start = wan.from_image(image(picture, width=96, height=32))
+    start = wan_starts.from_image(image(picture, width=96, height=32))
     assert start.inputs["image"].size == (96, 32)
 
 
@@ -338,3 +338,42 @@ def test_nothing_is_asked_of_the_network(build, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(socket, "socket", refuse)
     build("t2v").generate(text(), ignore)
+
+
+# Ways to run it
+
+
+@pytest.mark.parametrize("way", [Way("staged"), Way("streamed"), Way("staged", tiled=True)])
+@pytest.mark.parametrize("kind", ["t2v", "vace"])
+def test_another_way_makes_the_same_clip(build, root: Path, residency: Residency, kind: str, way: Way):
+    """In tiles too, as long as the frame fits in one tile; and nothing of the way is left in the VAE."""
+    expected = build(kind).generate(text(), ignore).frames
+    residency.clear()
+    keys = {part.name: part.key for part in video_weights_of(root / kind).components}
+    phases = (
+        ("encode", (keys["text_encoder"],)),
+        ("denoise", (keys["transformer"], keys["vae"])),
+        ("decode", (keys["vae"],)),
+    )
+    kept = ((keys["transformer"], 0),) if way.tier == "streamed" else ()
+    residency.begin(Way(way.tier, way.tiled, phases, kept))
+    clip = build(kind).generate(text(), lambda phase, step, steps: residency.enter(phase))
+    assert np.array_equal(clip.frames, expected)
+    assert [key for key, _ in residency.resident()] == [keys["vae"]]
+    assert not residency.hold(video_weights_of(root / kind).component("vae"), load_component).use_tiling
+
+
+def test_large_frames_are_decoded_in_tiles(build, residency: Residency):
+    large = {"width": 512, "height": 320, "num_frames": 1, "num_inference_steps": 1}
+    whole = build("t2v").generate(text(**large), ignore).frames
+    residency.begin(Way("resident", tiled=True))
+    tiles = build("t2v").generate(text(**large), ignore).frames
+    assert tiles.shape == whole.shape
+    assert not np.array_equal(tiles, whole)
+
+
+def test_a_prompt_is_encoded_once(build, residency: Residency, root: Path):
+    first = build("t2v").generate(text(), ignore).frames
+    residency.evict(video_weights_of(root / "t2v").component("text_encoder").key)
+    assert np.array_equal(build("t2v").generate(text(), ignore).frames, first)
+    assert "text_encoder" not in {held.name for held in residency.held() if held.device_bytes}
