@@ -30,13 +30,32 @@ class BadOutput(Exception):
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """A file as it was when its component was described: whoever replaces it changes this, or takes pains not to."""
+
+    name: str
+    size_bytes: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, file: Path) -> "Stamp | None":
+        """None where there is no such file."""
+        try:
+            stat = file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return cls(file.name, stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class Component:
     """One part of a model with weights of its own.
 
     `key` is the hash of its files and its dtype: two components with one key hold the same bytes and are loaded once.
     `weights_bytes` is what it takes on a device. `path` is a folder (diffusers layout) or a single file.
-    `block_bytes` are its blocks in order, as far as it has any: layers that follow one another and can be streamed.
-    `storage` is the dtype that its matrices are kept in where that is another than they are computed in.
+    `block_bytes` are those of its blocks, in any order: layers that follow one another and can be streamed.
+    `storage` is the dtype that its matrices are kept in where that is another than they are computed in. `stamps` are
+    its files as they were when its key was found: another file under the same name is not loaded.
     """
 
     name: str
@@ -46,6 +65,7 @@ class Component:
     dtype: str = "float32"
     block_bytes: tuple[int, ...] = ()
     storage: str | None = None
+    stamps: tuple[Stamp, ...] = ()
 
 
 @dataclass(frozen=True)

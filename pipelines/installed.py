@@ -6,9 +6,10 @@ from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pipelines.base import Component, Weights
+from pipelines.base import Component, Stamp, Weights
 from pipelines.catalog import Model
-from pipelines.weights.formats import WEIGHTS, loaded_bytes
+from pipelines.sizes import FP8, QUANTISED, class_of_config, sizes_of
+from pipelines.weights.formats import WEIGHTS
 from pipelines.weights.lock import NAME, Entry, Lock
 
 NOT_PART_OF_A_CONFIG = ("_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype")
@@ -34,7 +35,7 @@ class Installed:
         if entry is None or model.weights is None or not entry.intact(self.root):
             return None
         folder = entry.path(self.root)
-        loaded = (model.id, model.dtype, *sorted(model.dtypes.items()))
+        loaded = (model.id, model.dtype, model.quantisation, *sorted(model.dtypes.items()))
         if loaded not in self.components:
             self.components[loaded] = tuple(find_components(folder, entry, model))
         return Weights(model.id, model.family or "", folder, self.components[loaded])
@@ -69,23 +70,27 @@ def find_components(folder: Path, entry: Entry, model: Model) -> list[Component]
         if name.endswith(WEIGHTS):
             by_folder[str(PurePosixPath(name).parent)].append(name)
     if list(by_folder) == ["."]:
-        return [component(folder, entry, name, [name], model.dtype) for name in by_folder["."][:1]]
-    return [
-        component(folder, entry, part, names, model.dtypes.get(part, model.dtype))
-        for part, names in by_folder.items()
-        if part != "."
-    ]
+        return [component(folder, entry, name, [name], model) for name in by_folder["."][:1]]
+    return [component(folder, entry, part, names, model) for part, names in by_folder.items() if part != "."]
 
 
-def component(folder: Path, entry: Entry, part: str, names: list[str], dtype: str) -> Component:
+def component(folder: Path, entry: Entry, part: str, names: list[str], model: Model) -> Component:
     path = folder / part
-    hashes = sorted(entry.files[name].sha256 for name in names)
+    dtype = model.dtypes.get(part, model.dtype)
+    storage = FP8 if model.quantisation == "fp8-layerwise" and part in QUANTISED else None
+    identity = [sorted(entry.files[name].sha256 for name in names), config_of(path), dtype]
+    identity += [storage] if storage else []
+    files = [folder / name for name in names]
+    sizes = sizes_of(part, files, dtype, class_of_config(path), storage)
     return Component(
         name=NETWORK if path.suffix in WEIGHTS else part,
-        key=hashlib.sha256(json.dumps([hashes, config_of(path), dtype], sort_keys=True).encode()).hexdigest(),
-        weights_bytes=sum(loaded_bytes(folder / name, dtype) for name in names),
+        key=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        weights_bytes=sizes.weights_bytes,
         path=path,
         dtype=dtype,
+        block_bytes=sizes.block_bytes,
+        storage=storage,
+        stamps=tuple(stamp for file in files if (stamp := Stamp.of(file))),
     )
 
 

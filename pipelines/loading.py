@@ -10,7 +10,8 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from pipelines.base import Component, UnusableWeights
+from pipelines.base import Component, Stamp, UnusableWeights
+from pipelines.casting import keep_small
 
 LIBRARIES = ("diffusers", "transformers")
 """A folder's `model_index.json` may name classes of these and of nothing else."""
@@ -23,6 +24,7 @@ def load_component(component: Component) -> torch.nn.Module:
     """
     quiet()
     check_files(component.path)
+    check_stamps(component)
     loader = class_of(component.path.parent, component.path.name)
     dtype = getattr(torch, component.dtype)
     try:
@@ -33,6 +35,8 @@ def load_component(component: Component) -> torch.nn.Module:
         raise UnusableWeights(f"{component.path}: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise UnusableWeights(f"{component.path}: {len(missing)} tensors are missing, such as {missing[0]}")
+    if component.storage:
+        keep_small(module, getattr(torch, component.storage), dtype)
     return module.eval().requires_grad_(False)
 
 
@@ -74,6 +78,17 @@ def check_files(folder: Path) -> None:
             safe_open(file, framework="pt").__exit__(None, None, None)
         except (OSError, SafetensorError) as error:
             raise UnusableWeights(f"{file}: {error}") from error
+
+
+def check_stamps(component: Component) -> None:
+    """Raises `UnusableWeights` where a file is another than the one that the component's key stands for."""
+    folder = component.path if component.path.is_dir() else component.path.parent
+    for stamp in component.stamps:
+        if Stamp.of(folder / stamp.name) != stamp:
+            raise UnusableWeights(
+                f"{folder / stamp.name} was replaced or removed while the server ran. `plantain verify` tells whether "
+                "it is what was installed; the server must be started again to use it."
+            )
 
 
 def quiet() -> None:

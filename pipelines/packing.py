@@ -18,8 +18,30 @@ ALIGNMENT_BYTES = 64
 BLOCK_ALIGNMENT_BYTES = 512
 """Every block does, as all that CUDA's allocator gives: wherever it is its tensors lie alike, and kernels run alike."""
 
-Places = list[tuple[torch.Tensor, int]]
-"""Tensors with their offsets in a buffer."""
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the buffer, and as what: a layer may have pointed it at something else meanwhile."""
+
+    tensor: torch.Tensor
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def end(self) -> int:
+        """Where the next tensor may start."""
+        size_bytes = self.shape.numel() * self.dtype.itemsize
+        return self.offset + -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+    def point(self, buffer: torch.Tensor, start: int = 0) -> None:
+        """Let the tensor be a view into `buffer`, which holds the bytes from `start` on."""
+        at = self.offset - start
+        size_bytes = self.shape.numel() * self.dtype.itemsize
+        self.tensor.data = buffer[at : at + size_bytes].view(self.dtype).view(self.shape)
+
+
+Places = list[Place]
 
 
 @dataclass(frozen=True)
@@ -63,8 +85,10 @@ class PackedModule:
         self.page_locked = False
         self.kept_bytes: int | None = None
         self._lodging: Any = None
-        for tensor, offset in self.layout.places:
-            tensor.data = view_like(tensor, self.host, offset).copy_(tensor)
+        for place in self.layout.places:
+            loaded = place.tensor.data
+            place.point(self.host)
+            place.tensor.data.copy_(loaded)
 
     @property
     def weights_bytes(self) -> int:
@@ -103,8 +127,8 @@ class PackedModule:
 
     def leave_host(self) -> None:
         """Free the host's copy. The module is of no use any more, whoever still has it."""
-        for tensor, _ in self.layout.places:
-            tensor.data = torch.empty(0, dtype=tensor.dtype)
+        for place in self.layout.places:
+            place.tensor.data = torch.empty(0, dtype=place.dtype)
         if self.page_locked:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.host.data_ptr()))
         del self.host
@@ -150,18 +174,18 @@ def lay_out(module: torch.nn.Module) -> Layout:
         homes[identity] = home if homes.get(identity, home) == home else None
         objects.setdefault(id(tensor), (tensor, identity))
     offsets: dict[tuple[Any, ...], int] = {}
-    outside = place(None, objects, homes, offsets, 0)
-    outside_bytes = end = place_end(outside, 0)
+    outside = settle(None, objects, homes, offsets, 0)
+    outside_bytes = end = end_of(outside, 0)
     blocks = []
     for name, child in modules.items():
         start = -(-end // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
-        if places := place(name, objects, homes, offsets, start):
-            end = place_end(places, start)
+        if places := settle(name, objects, homes, offsets, start):
+            end = end_of(places, start)
             blocks.append(Block(child, places, start, end))
     return Layout(outside, outside_bytes, blocks, end)
 
 
-def place(
+def settle(
     home: str | None,
     objects: dict[int, tuple[torch.Tensor, tuple[Any, ...]]],
     homes: dict[tuple[Any, ...], str | None],
@@ -174,14 +198,14 @@ def place(
         if homes[identity] == home:
             if identity not in offsets:
                 offsets[identity] = start
-                start += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            places.append((tensor, offsets[identity]))
+            place = Place(tensor, offsets[identity], tensor.dtype, tensor.shape)
+            start = max(start, place.end)
+            places.append(place)
     return places
 
 
-def place_end(places: Places, start: int) -> int:
-    ends = (offset + -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for tensor, offset in places)
-    return max(ends, default=start)
+def end_of(places: Places, start: int) -> int:
+    return max((place.end for place in places), default=start)
 
 
 def tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -207,14 +231,8 @@ def block_of(name: str) -> str | None:
 
 
 def point(places: Places, buffer: torch.Tensor, start: int = 0) -> None:
-    """Let the tensors be views into `buffer`, which holds the bytes from `start` on."""
-    for tensor, offset in places:
-        tensor.data = view_like(tensor, buffer, offset - start)
-
-
-def view_like(tensor: torch.Tensor, buffer: torch.Tensor, offset: int) -> torch.Tensor:
-    """The bytes at `offset` seen with the tensor's dtype and shape."""
-    return buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    for place in places:
+        place.point(buffer, start)
 
 
 def host_buffer(size_bytes: int) -> torch.Tensor:

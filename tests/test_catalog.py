@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.catalog import Catalog, Credits, Frames, Model, Retired, UnknownModel, Working
+from pipelines.catalog import Catalog, Credits, Frames, Model, PhaseWorking, Retired, UnknownModel
 from pipelines.tables import CatalogError
 
 PROMISED = [
@@ -76,7 +76,8 @@ def test_flux_dev(catalog: Catalog):
     )
     assert dev.workflows == ("text-to-image", "image-to-image")
     assert dev.defaults == {"num_inference_steps": 28, "guidance_scale": 3.5, "strength": 0.75}
-    assert dev.working == Working(fixed_bytes=76_000_000, bytes_per_pixel=2156)
+    assert [phase.name for phase in dev.working.phases] == ["encode", "denoise", "decode"]
+    assert dev.working.phases[1] == PhaseWorking("denoise", ("transformer",), 76_000_000, 580)
     assert dev.weights is not None
     assert dev.weights.skip == ("flux1-dev.safetensors", "ae.safetensors")
 

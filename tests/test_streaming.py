@@ -73,8 +73,8 @@ def test_a_block_lies_together_and_a_weight_of_two_blocks_outside():
     assert [block.module for block in layout.blocks] == list(Stack().blocks) or len(layout.blocks) == 7
     for block in layout.blocks:
         assert block.start % BLOCK_ALIGNMENT_BYTES == 0
-        for tensor, offset in block.places:
-            assert block.start <= offset and offset + tensor.nbytes <= block.end
+        for place in block.places:
+            assert block.start <= place.offset and place.end <= block.end
     # `enter` has two tensors; the weight that two blocks share is the third
     assert len(layout.outside) == 3
 
