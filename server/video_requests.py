@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from pipelines.catalog import Frames, Model
 from server.errors import InvalidBody, UnsupportedAspectRatio, UnsupportedResolution
+from server.remote.errors import UnsupportedDuration
 
 NEAR = 0.03
 """An input whose shape is so near to a listed one is taken for it, and cropped by as much."""
@@ -41,8 +42,8 @@ def video_fields(
 ) -> dict[str, Any]:
     """`width`, `height`, `fps` and `num_frames` for the params; and `duration` and `resolution`, for the price.
 
-    `given` is what the caller sent. Raises UnsupportedResolution, UnsupportedAspectRatio or InvalidBody, naming what
-    there is.
+    `given` is what the caller sent. Raises UnsupportedResolution, UnsupportedAspectRatio, UnsupportedDuration or, for a
+    frame rate, InvalidBody, naming what there is.
     """
     if model.frames is None:
         raise ValueError(f"{model.id} has no frames in weights.toml")
@@ -118,12 +119,13 @@ def count_of(model: Model, frames: Frames, first: int, duration: float, fps: int
 
     `first` is 1, or 0 for the frames that extending adds to the one that is there.
     """
-    fewest, most = first + frames.step, first + frames.max - 1
+    there_are = range(first + frames.step, first + frames.max, frames.step)
     count = first + round((duration * fps - first) / frames.step) * frames.step
-    if not fewest <= count <= most:
-        shortest, longest = round(fewest / fps, 2), round(most / fps, 2)
-        message = f"{model.name} makes {shortest:g} to {longest:g} seconds, not {duration:g}"
-        raise invalid("duration", message, durations=[shortest, longest])
+    if count not in there_are:
+        durations = [round(each / fps, 3) for each in there_are]
+        message = f"{model.name} makes {durations[0]:.2g} to {durations[-1]:.3g} seconds, not {duration:g}"
+        issues = [{"path": "duration", "message": message}]
+        raise UnsupportedDuration(f"duration: {message}", issues=issues, durations=durations)
     return count
 
 

@@ -230,7 +230,7 @@ def test_a_poster_stays_and_goes_with_its_video(tmp_path: Path):
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
-        ({"model": "wan-any", "duration": 10}, "VALIDATION_ERROR", "0.31 to 2.06 seconds"),
+        ({"model": "wan-any", "duration": 10}, "UNSUPPORTED_DURATION", "0.31 to 2.06 seconds"),
         ({"model": "wan-any", "fps": 24}, "VALIDATION_ERROR", "16 frames a second"),
         ({"model": "wan-any", "resolution": "4k"}, "UNSUPPORTED_RESOLUTION", "480p, 720p"),
         ({"model": "ltx", "aspectRatio": "21:9"}, "UNSUPPORTED_ASPECT_RATIO", "16:9, 1:1"),
