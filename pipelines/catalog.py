@@ -29,7 +29,7 @@ class UnknownModel(LookupError):
 
 @dataclass(frozen=True)
 class Credits:
-    """What a call costs: `base`, and for video `per_second` of it besides; some `resolutions` cost so many times that."""
+    """What a call costs: `base`, for video `per_second` besides; some `resolutions` cost so many times that."""
 
     base: int
     per_second: int = 0

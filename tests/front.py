@@ -23,6 +23,7 @@ from server.devices import DeviceSpec
 from server.protocol import Cancel, Cancelled, Failed, Ready, Run, Succeeded
 from server.services import Services
 from server.settings import Settings
+from server.store import Store
 
 GENERATE = "/api/image/fal/generate"
 PNG = bytes.fromhex(
@@ -130,7 +131,9 @@ class Front:
     """A served app and the people in front of it."""
 
     def __init__(self, made: Services, clock: Clock) -> None:
-        self.services, self.clock, self.db = made, clock, made.store.db
+        self.services, self.clock = made, clock
+        self.store = Store(made.settings.database)  # of our own: the server's is its thread's
+        self.db = self.store.db
         self.app = create_app(made)
         self.clients: list[httpx.AsyncClient] = []
 
@@ -149,14 +152,14 @@ class Front:
         return client
 
     def someone(self, name: str = "ada", *, plan: str = "studio", credits: int = 0, role: str = "user") -> Someone:
-        with self.services.store.atomic() as db:
+        with self.store.atomic() as db:
             user_id = accounts.create_user(db, name, f"{name}@example.com", self.clock(), plan=plan, role=role)
             if credits:
                 ledger.grant(db, user_id, credits, "test", self.clock())
         return self.with_key(user_id)
 
     def with_key(self, user_id: str, **options: Any) -> Someone:
-        with self.services.store.atomic() as db:
+        with self.store.atomic() as db:
             key = accounts.create_key(db, user_id, "test", self.clock(), **options)
         return Someone(user_id, key, self.client(key))
 
@@ -207,6 +210,7 @@ async def front(settings: Settings, clock: Clock | None = None) -> AsyncIterator
         for client in it.clients:
             await client.aclose()
         await made.stop()
+        it.store.close()
 
 
 def told(**options: Any) -> Callable[[Callable[[Front], Awaitable[None]]], Callable[[Path], None]]:

@@ -12,9 +12,9 @@ STUDIO, EVIL = "https://studio.example", "https://evil.example"
 def browser(it: Front) -> httpx.AsyncClient:
     """Somebody's browser, signed in."""
     ada = it.someone()
-    with it.services.store.atomic() as db:
+    with it.store.atomic() as db:
         secret = it.services.auth.secret
-        token = session_rows.open_session(db, secret, ada.id, NOW, address="", agent="")
+        token = session_rows.open_session(db, secret, ada.id, NOW, address="", agent="", remember=True)
     client = it.client()
     client.headers["Cookie"] = f"better-auth.session_token={secret.sign(token)}"
     return client

@@ -119,7 +119,7 @@ async def test_a_failure_for_want_of_room_is_tried_anew(it: Front):
 async def test_what_was_refused_before_it_was_a_job_is_not_kept(it: Front):
     ada = it.someone(credits=-10)
     assert (await ada.make(**KEY)).status_code == 402
-    it.services.store.db.execute("UPDATE user SET balance = 5 WHERE id = ?", [ada.id])
+    it.db.execute("UPDATE user SET balance = 5 WHERE id = ?", [ada.id])
     assert (await ada.make(**KEY)).status_code == 200
 
 
@@ -127,7 +127,7 @@ async def test_what_was_refused_before_it_was_a_job_is_not_kept(it: Front):
 async def test_a_replay_needs_no_free_slot_and_no_credits_but_counts_as_a_call(it: Front):
     ada = it.someone(plan="free", credits=-9)
     await ada.make(**KEY)
-    with it.services.store.atomic() as db:
+    with it.store.atomic() as db:
         db.execute("UPDATE user SET balance = 1 WHERE id = ?", [ada.id])
     await ada.make("hold", Prefer="respond-async")
     for _ in range(3):

@@ -150,7 +150,7 @@ async def settle_in(it: Front) -> Victim:
     first = await person.make(PROMPT)
     upload = (await person.client.post("/api/uploads", content=png())).json()["url"]
     running = (await person.make("hold", Prefer="respond-async")).json()["id"]
-    with it.services.store.atomic() as db:
+    with it.store.atomic() as db:
         db.execute("UPDATE user SET name = ? WHERE id = ?", [NAME, person.id])
         db.execute("UPDATE apikey SET name = ? WHERE referenceId = ?", [KEY_NAME, person.id])
         ledger.grant(db, person.id, 5, NOTE, NOW)
@@ -167,8 +167,8 @@ def png() -> bytes:
 
 
 def session_of(it: Front, user_id: str) -> str:
-    with it.services.store.atomic() as db:
-        return session_rows.open_session(db, it.services.auth.secret, user_id, NOW, address="", agent="")
+    with it.store.atomic() as db:
+        return session_rows.open_session(db, it.services.auth.secret, user_id, NOW, address="", agent="", remember=True)
 
 
 def belongings(it: Front, ada: Victim) -> list[Any]:

@@ -176,7 +176,7 @@ async def test_the_body_comes_before_the_slot_and_the_slot_before_the_credits(it
     await ada.make("hold", Prefer="respond-async")
     for _ in range(2):
         assert (await ada.make()).json()["code"] == "INSUFFICIENT_CREDITS"
-    with it.services.store.atomic() as db:
+    with it.store.atomic() as db:
         ledger.grant(db, ada.id, 2, "test", NOW)
     for _ in range(2):
         await ada.make("hold", Prefer="respond-async")

@@ -31,7 +31,7 @@ async def test_no_key_is_needed_and_a_wrong_one_does_no_harm(it: Front):
 async def test_charges_are_recorded_and_never_refused(it: Front):
     client = it.client()
     owner = it.rows("SELECT * FROM user")[0]
-    with it.services.store.atomic() as db:
+    with it.store.atomic() as db:
         db.execute("UPDATE user SET balance = 2, plan = 'free'")
     answers = await asyncio.gather(*(client.post(GENERATE, json=BODY) for _ in range(20)))
     assert {answer.status_code for answer in answers} == {200}
