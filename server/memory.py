@@ -106,17 +106,7 @@ class Memory:
 
     def rungs(self, device: str) -> list[dict[str, Any]]:
         """Reads the database."""
-        return [
-            {
-                "jobId": row["job_id"],
-                "model": row["model"],
-                "way": row["way"],
-                "nextDevice": row["next_device"],
-                "nextWay": row["next_way"],
-                "at": iso(row["failed_at"]),
-            }
-            for row in read_rungs(self.store.db, device)
-        ]
+        return [rung_json(row) for row in read_rungs(self.store.db, device)]
 
     def state(self, spec: DeviceSpec, view: Device, status: str, runs: str | None) -> dict[str, Any]:
         """A device for people and programs, but for its rungs. `runs` is the id of the job that it runs."""
@@ -140,6 +130,17 @@ class Memory:
                 for each in self.evictions[spec.id]
             ],
         }
+
+
+def rung_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "jobId": row["job_id"],
+        "model": row["model"],
+        "way": row["way"],
+        "nextDevice": row["next_device"],
+        "nextWay": row["next_way"],
+        "at": iso(row["failed_at"]),
+    }
 
 
 def component_json(held: Held) -> dict[str, Any]:

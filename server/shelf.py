@@ -1,5 +1,6 @@
 """Which models can run here, and what a job of one needs."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,15 @@ class Shelf:
         shape = shape_of(params or {}, pixels)
         learned = self.peaks.learned(model.id, model.working, shape) if self.peaks else {}
         return Runnable(weights, need_of(weights, model.working, shape, learned))
+
+    def users(self) -> dict[str, list[str]]:
+        """The installed models that use each component, by its key."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for model in self.catalog.models.values():
+            weights = self.installed.weights(model)
+            for key in {component.key for component in weights.components} if weights else ():
+                found[key].append(model.id)
+        return found
 
     def families(self) -> list[str]:
         """Families with weights installed: those that a worker does well to import ahead of need."""

@@ -110,17 +110,32 @@ def import_(
 
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="What runs take: estimated, measured, expected.")] = False,
     data: DataFolder = DEFAULT_DATA,
     weights_toml: WeightsToml = WEIGHTS_TOML,
 ) -> None:
     """List the models: where they run, and whether their weights are installed."""
     with told():
         catalog, here = Catalog.load(weights_toml), Installed(data / "weights")
+        if memory:
+            show_memory(catalog, here, data, as_json)
+            return
         rows = [describe(model, here) for model in catalog.models.values()]
     if as_json:
         typer.echo(json.dumps({"models": rows}, indent=1))
     else:
         print_table(rows)
+
+
+def show_memory(catalog: Catalog, here: Installed, data: Path, as_json: bool) -> None:
+    from server.commands.accounts import show
+    from server.commands.devices import MEMORY, memory_rows
+
+    rows = memory_rows(catalog, here, data)
+    if as_json:
+        typer.echo(json.dumps({"memory": rows}, indent=1))
+    else:
+        show(rows, MEMORY)
 
 
 def describe(model: Model, here: Installed) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""`plantain devices`, and the memory that models take: as the server last wrote it down."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from sqlite_utils import Database
+
+from pipelines.base import Way
+from pipelines.catalog import WEIGHTS_TOML, Catalog, Model
+from pipelines.installed import Installed
+from server.clock import iso
+from server.commands.accounts import Data, changing, show
+from server.memory import rung_json, with_models
+from server.peaks import Measured, Peaks, read_peaks
+from server.rungs import read_devices, read_rungs
+from server.settings import Settings
+from server.shelf import Shelf
+from server.vram import Shape, need_of
+
+GIB = 2**30
+COMPONENTS = ["device", "component", "models", "on device", "in host memory", "since", "how"]
+MEMORY = ["model", "weights", "phase", "way", "shape", "estimate", "measured", "expected"]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(devices)
+
+
+def devices(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    data: Data = Path("data"),
+    weights_toml: Annotated[Path, typer.Option("--weights-toml", envvar="PLANTAIN_WEIGHTS_TOML")] = WEIGHTS_TOML,
+) -> None:
+    """What each device has, when the server last looked: budgets, components, evictions, tries that ran out."""
+    users = Shelf(Catalog.load(weights_toml), Installed(data / "weights")).users()
+    with changing(data) as db:
+        states = [
+            {**with_models(state, users), "rungs": [rung_json(row) for row in read_rungs(db, state["id"])]}
+            for state in read_devices(db)
+        ]
+    if as_json:
+        typer.echo(json.dumps({"devices": states}, indent=1))
+        return
+    for state in states:
+        print_device(state)
+
+
+def print_device(state: dict[str, Any]) -> None:
+    host = f"; host copies {gib(state['hostBytes'])}" if state["hostBudgetBytes"] else ""
+    host += f" of {gib(state['hostBudgetBytes'])}" if state["hostBudgetBytes"] else ""
+    typer.echo(
+        f"{state['id']} ({state['name']}): {gib(state['residentBytes'])} of {gib(state['budgetBytes'])}{host}, "
+        f"as of {iso(state['seenAt'])}"
+    )
+    show([component_row(state["id"], each) for each in state["components"]], COMPONENTS)
+    for each in state["evictions"][:5]:
+        typer.echo(f"  evicted {each['name']}, {gib(each['bytes'])}, at {each['at']}")
+    for each in state["rungs"][:5]:
+        then = f"then {each['nextWay']} on {each['nextDevice']}" if each["nextWay"] else "then it failed"
+        typer.echo(f"  {each['model']} ran out of memory, {each['way']}, at {each['at']}; {then}")
+
+
+def component_row(device: str, each: dict[str, Any]) -> dict[str, object]:
+    how = ["streamed"] if each["streamed"] else []
+    how += ["page-locked"] if each["pageLocked"] else []
+    return {
+        "device": device,
+        "component": each["name"],
+        "models": ", ".join(each["models"]),
+        "on device": gib(each["bytes"]),
+        "in host memory": gib(each["hostBytes"]),
+        "since": each["since"],
+        "how": ", ".join(how),
+    }
+
+
+def memory_rows(catalog: Catalog, installed: Installed, data: Path) -> list[dict[str, object]]:
+    """For each installed model and phase: the estimate, the largest peak, and what is expected from both."""
+    measured: list[Measured] = []
+    if Settings(data=data).database.exists():
+        with changing(data) as db:
+            measured = read_measured(db)
+    kinds = {each.device_kind for each in measured} or {"cuda"}
+    return [row for model in catalog.models.values() for kind in sorted(kinds)
+            for row in model_rows(model, installed, Peaks(kind, measured))]  # fmt: skip
+
+
+def read_measured(db: Database) -> list[Measured]:
+    return read_peaks(db) if db.table("peak").exists() else []
+
+
+def model_rows(model: Model, installed: Installed, peaks: Peaks) -> Iterator[dict[str, object]]:
+    weights = installed.weights(model)
+    if weights is None:
+        return
+    known = peaks.of(model.id)
+    for shape in dict.fromkeys([*(Shape(each.pixels, each.frames) for each in known), usual_shape(model)]):
+        alike = [each for each in known if (each.pixels, each.frames) == (shape.pixels, shape.frames)]
+        plain = need_of(weights, model.working, shape)
+        learned = need_of(weights, model.working, shape, peaks.learned(model.id, model.working, shape))
+        for phase in plain.phases:
+            expected = next(each for each in learned.phases if each.name == phase.name)
+            for way in {each.way: 0 for each in alike if each.phase == phase.name} or {Way(): 0}:
+                found = [each for each in alike if (each.phase, each.way) == (phase.name, way)]
+                weights_bytes = plain.phase_weights(phase, Way("staged"))
+                figures = weights_bytes, phase.bytes_in(way), largest(found), expected.bytes_in(way)
+                yield memory_row(model, shape, phase.name, way, *figures)
+        if not plain.phases:
+            figures = plain.weights_bytes, plain.working_bytes, largest(alike), learned.working_in(Way())
+            yield memory_row(model, shape, "run", Way(), *figures)
+
+
+def memory_row(
+    model: Model, shape: Shape, phase: str, way: Way, weights: int, estimate: int, measured: int | None, expected: int
+) -> dict[str, object]:
+    return {
+        "model": model.id,
+        "weights": gib(weights),
+        "phase": phase,
+        "way": way.name,
+        "shape": f"{shape.pixels / 1e6:.2f} MP" + (f" x {shape.frames}" if shape.frames > 1 else ""),
+        "estimate": gib(estimate),
+        "measured": None if measured is None else gib(measured),
+        "expected": gib(expected),
+    }
+
+
+def largest(measured: list[Measured]) -> int | None:
+    return max((each.working_bytes for each in measured), default=None)
+
+
+def usual_shape(model: Model) -> Shape:
+    """The first of the model's sizes, and its longest video."""
+    width, height = next(iter(model.sizes.values()), (1024, 1024))
+    return Shape(width * height, model.frames.max if model.frames else 1)
+
+
+def gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.2f} GiB"
