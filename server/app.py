@@ -1,6 +1,7 @@
 """The ASGI application: routes, the request id and body limit around them, and the one error envelope."""
 
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,16 +18,19 @@ from server.api import (
     auth,
     auth_keys,
     auth_user,
+    devices,
     files,
     health,
     images,
     jobs,
     models,
+    queue,
     videos,
 )
 from server.cors import Cors
 from server.envelope import BodyLimit, LateHeaders, RequestId
 from server.errors import BadRequest, InternalError, InvalidBody, MethodNotAllowed, NotFound, PlantainError
+from server.opening import as_told
 from server.services import Services
 
 log = logging.getLogger("plantain.http")
@@ -48,8 +52,10 @@ def create_app(services: Services) -> FastAPI:
         openapi_url="/api/openapi.json",
     )
     app.state.services = services
-    for routes in (images, videos, jobs, models, account, files, health, admin, admin_keys, admin_books):
+    for routes in (images, videos, jobs, models, account, files, health, devices):
         app.include_router(routes.router)
+    for admin_routes in (admin, admin_keys, admin_books, queue):
+        app.include_router(admin_routes.router)
     for auth_routes in (auth.router, auth_user.router, auth_keys.router, auth.nowhere):
         app.include_router(auth_routes)
     app.add_middleware(BodyLimit)
@@ -77,6 +83,9 @@ def _of_our_tree(request: Request, error: Exception) -> PlantainError:
     match error:
         case PlantainError():
             return error
+        case sqlite3.DatabaseError():
+            log.error("request %s: the database: %s", request.scope["request_id"], error)
+            return as_told(error)
         case RequestValidationError():
             issues = [{"path": str(each["loc"][-1]), "message": each["msg"]} for each in error.errors()]
             text = "; ".join(f"{issue['path']}: {issue['message']}" for issue in issues)

@@ -2,11 +2,11 @@
 
 import typer
 
-from server.commands import accounts, books, devices, doctor, jobs, serve, users_import, users_password, weights
+from server.commands import accounts, backup, books, devices, doctor, jobs, serve, users_import, users_password, weights
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, help=__doc__)
 
-for commands in (serve, weights, accounts, books, jobs, users_import, users_password, doctor, devices):
+for commands in (serve, weights, accounts, books, jobs, users_import, users_password, backup, doctor, devices):
     commands.register(app)
 
 if __name__ == "__main__":

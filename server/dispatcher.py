@@ -140,6 +140,8 @@ class Dispatcher:
 
     async def submit_remote(self, new: NewJob) -> tuple[Job, int]:
         """The same for a job that runs at fal, where it waits in fal's own queue."""
+        if self.leaving:
+            raise STOPPING
         if self.desk and len(self.desk.tasks) + self.inbox.qsize() >= self.max_queued:
             raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers={"Retry-After": "30"})
         return await asyncio.shield(self._accept_remote(new))
@@ -395,7 +397,7 @@ class Dispatcher:
     async def _end(self, worker: Worker, write: Callable[..., Job | None], *values: Any) -> None:
         job = await self._write(write, *values)
         if worker.runs:
-            self.backlog.ended(worker.runs, self.clock() - worker.started_at)
+            self.backlog.ended(worker.runs, max(0.0, self.clock() - worker.started_at))
         worker.status, worker.runs, worker.deaths = "idle", None, 0
         self._done(job)
 
@@ -439,6 +441,7 @@ class Dispatcher:
     def _look_for_the_hung(self) -> None:
         """A worker whose job shows no sign of progress is killed; the rest follows from its death."""
         for worker in self.workers.values():
+            worker.sign_at = min(worker.sign_at, self.clock())  # the clock may have been set back
             if worker.runs and not worker.hung and self.clock() - worker.sign_at > worker.hang_s:
                 log.error("%s: job %s hangs", worker.id, worker.runs.job_id)
                 worker.hung = True

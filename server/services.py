@@ -76,7 +76,16 @@ def make(
     media = Media(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
     devices = inventory(settings.budget_bytes) if devices is None else devices
     desk = remote.make(settings, shelf.catalog, files, clock, timing)
-    dispatcher = Dispatcher(store, files, shelf, devices, desk=desk, max_queued=settings.max_queued, clock=clock)
+    dispatcher = Dispatcher(
+        store,
+        files,
+        shelf,
+        devices,
+        desk=desk,
+        max_queued=settings.max_queued,
+        max_queued_each=settings.max_queued_each,
+        clock=clock,
+    )
     clips = Clips(files, Guard(settings.allowed_networks), offline=settings.offline)
     intake = Intake(shelf, media, clips, files, dispatcher, desk, settings.route)
     return Services(

@@ -33,6 +33,10 @@ class Settings:
     """The catalogue of models."""
     max_queued: int = 10_000
     """Jobs that may wait; one more is refused with 503."""
+    max_queued_each: int = 1_000
+    """Jobs of one user that may wait; one more is refused with 429."""
+    stop_patience_s: float = 120.0
+    """How long running jobs may take to finish when the server is asked to stop."""
     budget_bytes: int | None = None
     """Bytes that may be given out on each device, where fewer than the device has."""
     allowed_networks: tuple[Network, ...] = field(default=())
@@ -94,6 +98,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, o
         "offline": _boolean,
         "weights_toml": Path,
         "max_queued": int,
+        "max_queued_each": int,
+        "stop_patience_s": float,
         "budget_bytes": int,
         "allowed_networks": _networks,
         "open": _boolean,

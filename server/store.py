@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,12 +13,11 @@ from sqlite_utils import Database
 from server import idempotency, ledger, limits
 from server.errors import PlantainError
 from server.jobs import MAX_ATTEMPTS, Job, NewJob
-from server.migrations import migrations
+from server.opening import open_database
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-BUSY_TIMEOUT_S = 5.0
 INTERRUPTED = {"error": "The worker died twice while running this job.", "code": "GENERATION_FAILED"}
 HUNG = {
     "error": "The job showed no progress for many times as long as it should take, twice.",
@@ -34,18 +32,12 @@ LOST_ON_THE_WAY = {
 class Store:
     """The open database. Its methods block: from the event loop, go through `call`.
 
-    All calls of one process run on one thread, one after the other: one writer, no locks.
+    All calls of one process run on one thread, one after the other: one writer, no locks. Raises DatabaseUnusable.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
-        self.db = Database(connection)
+        self.db = open_database(path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self.db.enable_wal()
-        self.db.execute("PRAGMA synchronous = FULL")  # a job that was answered for survives a power cut
-        self.db.execute("PRAGMA foreign_keys = ON")
-        migrations.apply(self.db)
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a method of this store, or a function that takes `store.db`, off the event loop."""

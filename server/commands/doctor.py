@@ -12,6 +12,7 @@ import typer
 
 from pipelines.catalog import WEIGHTS_TOML, Catalog, Model
 from pipelines.installed import Installed
+from server import checkup
 from server.devices import DeviceSpec, inventory
 from server.remote.parts import why_not
 from server.settings import Settings, from_environment
@@ -57,6 +58,7 @@ def examine(settings: Settings, catalog: Catalog, devices: list[DeviceSpec]) -> 
     if all(device.torch_device == "cpu" for device in devices):
         yield Finding("note", "device", "no CUDA device: everything runs on the CPU, slowly")
     yield _disk(settings.data)
+    yield from (Finding(state, "database", text) for state, text in checkup.database(settings))
     yield from _weights(catalog, Installed(settings.weights))
     yield from _remote(settings, catalog, datetime.now(UTC).date().isoformat())
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from server import promises
 from server.clock import iso
 from server.commands.accounts import Data, changing, show
 
@@ -18,10 +19,13 @@ def register(app: typer.Typer) -> None:
 def list_jobs(
     status: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
     limit: int = 30,
+    promised: Annotated[bool, typer.Option("--promises", help="How well expected starts were kept.")] = False,
     data: Data = Path("data"),
 ) -> None:
     """Everyone's jobs, newest first."""
     with changing(data) as db:
+        if promised:
+            return show([promises.kept(db)], ["jobs", "medianOffSeconds", "medianAbsoluteOffSeconds", "p95OffSeconds"])
         rows = list(
             db.query(
                 "SELECT job.*, email, round(finished_at - started_at, 2) AS seconds, error ->> 'code' AS error"
@@ -32,4 +36,4 @@ def list_jobs(
         )
     for row in rows:
         row["created"] = iso(row["created_at"])
-    show(rows, COLUMNS)
+    return show(rows, COLUMNS)

@@ -18,6 +18,7 @@ from pipelines.weights.pull import installed
 from server import open_mode, services
 from server.app import create_app
 from server.commands.weights import pull_each
+from server.farewell import PatientServer
 from server.settings import PROJECT, Settings, SettingsError, from_environment
 
 SHUTDOWN_S = 30
@@ -59,7 +60,7 @@ def serve(
         _greet(settings, made)
         gc.collect()
         gc.freeze()  # what lives as long as the server need not be walked again: that stops all calls for so long
-        uvicorn.Server(config).run([listener])
+        PatientServer(config, made.dispatcher, settings.stop_patience_s).run([listener])
 
 
 def _make(settings: Settings) -> services.Services:

@@ -1,0 +1,196 @@
+"""Backups, damaged and newer databases, full disks: what an operator meets on a bad day."""
+
+import os
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sqlite_utils import Database
+
+from server import accounts, backup, checkup, ledger
+from server.jobs import NewJob
+from server.migrations import migrations
+from server.opening import DatabaseUnusable, as_told
+from server.settings import Settings
+from server.store import Store
+
+NOW = 1_790_000_000.0
+STEPS = [step.name for step in migrations.pending(Database(memory=True))]
+
+
+def new_job(user: str, number: int) -> NewJob:
+    return NewJob(f"j{number}", user, None, "image", "m", "text-to-image", {}, 1, f"{number:048x}.png", 1)
+
+
+def furnished(data: Path, jobs: int = 3) -> tuple[Settings, str]:
+    """A data folder with some succeeded jobs and their files."""
+    settings = Settings(data=data)
+    store = Store(settings.database)
+    user = accounts.create_user(store.db, "Ada", "ada@example.com", NOW)
+    ledger.grant(store.db, user, 10_000, "test", NOW)
+    settings.files.mkdir()
+    for number in range(jobs):
+        finish(store, settings, user, number)
+    store.close()
+    return settings, user
+
+
+def finish(store: Store, settings: Settings, user: str, number: int) -> None:
+    store.insert(new_job(user, number), NOW)
+    store.start(f"j{number}", "cpu", NOW)
+    (settings.files / f"{number:048x}.png").touch()
+    store.succeed(f"j{number}", {}, NOW)
+
+
+def test_a_backup_is_the_database_of_one_moment_and_comes_back(tmp_path: Path):
+    settings, _ = furnished(tmp_path / "data")
+    taken = backup.back_up(settings.database, settings.files, tmp_path / "copy")
+    assert (taken.jobs, len(taken.files), taken.missing) == (3, 3, ())
+    assert backup.listing(tmp_path / "copy").read_text().split() == list(taken.files)
+    settings.database.write_bytes(b"ruined")
+    backup.restore(tmp_path / "copy", settings.database, settings.files)
+    store = Store(settings.database)
+    assert [job.id for job in store.jobs(None, None, 9)] == ["j2", "j1", "j0"]
+    store.close()
+    assert (tmp_path / "data/plantain.sqlite.before-restore").read_bytes() == b"ruined"
+
+
+def test_a_backup_under_load_adds_up(tmp_path: Path):
+    """While jobs come and end all the time, every copy's books are in order."""
+    settings, user = furnished(tmp_path / "data")
+    busy = threading.Event()
+
+    def work() -> None:
+        store = Store(settings.database)
+        for number in range(3, 10_000):
+            if busy.is_set():
+                break
+            finish(store, settings, user, number)
+        store.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for index in range(5):
+        taken = backup.back_up(settings.database, settings.files, tmp_path / f"copy{index}")
+        with sqlite3.connect(tmp_path / f"copy{index}") as db:
+            balance, total, charges = db.execute(
+                "SELECT (SELECT balance FROM user), (SELECT sum(amount) FROM ledger),"
+                " (SELECT count(*) FROM ledger WHERE kind = 'charge')"
+            ).fetchone()
+        assert (balance, charges, taken.missing) == (total, taken.jobs, ())
+        time.sleep(0.05)
+    busy.set()
+    thread.join()
+    assert taken.jobs > 3
+
+
+def test_a_damaged_copy_is_not_restored(tmp_path: Path):
+    settings, _ = furnished(tmp_path / "data")
+    (tmp_path / "copy").write_bytes(b"x" * 10_000)
+    with pytest.raises(DatabaseUnusable, match="damaged"):
+        backup.restore(tmp_path / "copy", settings.database, settings.files)
+    assert Store(settings.database).job("j1").status == "succeeded"
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_database_of_every_earlier_schema_is_brought_up_to_date(tmp_path: Path, step: str):
+    path = tmp_path / "old.sqlite"
+    old = Database(path)
+    migrations.apply(old, stop_before=step)
+    old.close()
+    store = Store(path)
+    assert [each.name for each in migrations.applied(store.db)] == STEPS or step
+    user = accounts.create_user(store.db, "Ada", "ada@example.com", NOW)
+    assert store.insert(new_job(user, 1), NOW)[0].status == "queued"
+    store.close()
+
+
+def test_jobs_of_the_first_schema_outlive_the_upgrade(tmp_path: Path):
+    path = tmp_path / "old.sqlite"
+    old = Database(path)
+    migrations.apply(old, stop_before="0002_auth")
+    old.execute("INSERT INTO user (id, name, email, createdAt, updatedAt, balance) VALUES ('u', 'A', 'a@b', '', '', 4)")
+    old.execute(
+        "INSERT INTO job (id, user_id, kind, model, workflow, status, params, pixels, output_name, credits, created_at)"
+        " VALUES ('j', 'u', 'image', 'm', 'text-to-image', 'queued', '{}', 1, 'x.png', 2, 5)"
+    )
+    old.conn.commit()
+    old.close()
+    store = Store(path)
+    job = store.job("j")
+    assert (job.status, job.priority, job.weight, job.promised_start_at) == ("queued", 0, 1.0, None)
+    store.close()
+
+
+def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path):
+    settings, _ = furnished(tmp_path)
+    with sqlite3.connect(settings.database) as db:
+        db.execute("INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES ('plantain', '9999_x', '')")
+    before = settings.database.read_bytes()
+    with pytest.raises(DatabaseUnusable, match=r"written by a newer Plantain \(9999_x\)"):
+        Store(settings.database)
+    assert settings.database.read_bytes() == before
+    assert ("bad", True) in [(state, "newer" in text) for state, text in checkup.database(settings)]
+
+
+def test_what_is_no_database_is_refused_and_named(tmp_path: Path):
+    settings = Settings(data=tmp_path)
+    settings.database.write_bytes(b"not a database at all" * 100)
+    with pytest.raises(DatabaseUnusable, match=r"damaged.*plantain restore"):
+        Store(settings.database)
+    assert [state for state, _ in checkup.database(settings)] == ["bad"]
+
+
+def test_a_page_of_rubbish_in_the_middle_is_named(tmp_path: Path):
+    settings, _ = furnished(tmp_path, jobs=40)
+    with settings.database.open("r+b") as file:
+        file.seek(3 * 4096)
+        file.write(os.urandom(8 * 4096))
+    said = list(checkup.database(settings))
+    assert any(state == "bad" and "damaged" in text for state, text in said), said
+
+
+def test_a_database_that_another_process_holds_is_named(tmp_path: Path):
+    settings, _ = furnished(tmp_path)
+    other = sqlite3.connect(settings.database)
+    other.execute("BEGIN IMMEDIATE")
+    assert list(checkup.database(settings))[-1][1].startswith("the database is locked by another process")
+    other.close()
+    assert [state for state, _ in checkup.database(settings, NOW)] == ["ok", "ok"]
+
+
+def test_a_clock_set_back_and_files_that_are_gone_are_named(tmp_path: Path):
+    settings, _ = furnished(tmp_path)
+    (settings.files / f"{1:048x}.png").unlink()
+    said = [text for state, text in checkup.database(settings, NOW - 3600) if state == "note"]
+    assert said[0] == "the clock was set back: the newest job is 3600 s in the future"
+    assert said[1].startswith("1 of 3 files are missing")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [("database or disk is full", 507, "STORAGE_FULL"), ("database is locked", 503, "UNAVAILABLE")],
+)
+def test_callers_are_told_in_the_envelope(error: str, status: int, code: str):
+    told = as_told(sqlite3.OperationalError(error))
+    assert (told.status, told.code) == (status, code)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path):
+    """SQLite's own limit on the file's size stands for the disk's."""
+    settings, user = furnished(tmp_path)
+    store = Store(settings.database)
+    pages = store.db.execute("PRAGMA page_count").fetchone()[0]
+    store.db.execute(f"PRAGMA max_page_count = {pages}")
+    number = 10
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        for number in range(10, 10_000):
+            store.insert(new_job(user, number), NOW)
+    taken = len(store.jobs(None, None, 10_000))
+    charges = store.db.execute("SELECT count(*) FROM ledger WHERE kind = 'charge'").fetchone()[0]
+    assert taken == charges == number - 10 + 3, "the job that did not fit was not charged"
+    store.db.execute("PRAGMA max_page_count = 1000000")
+    assert store.insert(new_job(user, number), NOW)[0].id == f"j{number}"
+    store.close()
