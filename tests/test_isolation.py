@@ -52,7 +52,14 @@ class Victim:
 
 def parameters(ada: Victim) -> dict[str, str]:
     """What to put into a path, by the parameter's name."""
-    return {"job_id": ada.running_id, "key_id": ada.key_id, "user_id": ada.id, "token": ada.token, "rest": "nothing"}
+    return {
+        "job_id": ada.running_id,
+        "key_id": ada.key_id,
+        "user_id": ada.id,
+        "token": ada.token,
+        "rest": "nothing",
+        "device": "cpu",
+    }
 
 
 NAMES = {"/api/models/{name}": "plain"}
@@ -78,6 +85,12 @@ def bodies(ada: Victim) -> dict[str, Any]:
         "/api/admin/keys": {"userId": ada.id},
         "/api/admin/keys/{key_id}": {"name": "stolen"},
         "/api/admin/jobs/{job_id}/cancel": None,
+        "/api/admin/queue/pause": None,
+        "/api/admin/queue/resume": None,
+        "/api/admin/devices/{device}/drain": None,
+        "/api/admin/devices/{device}/resume": None,
+        "/api/admin/jobs/{job_id}/front": None,
+        "/api/admin/jobs/{job_id}/priority": {"priority": 1},
         f"{AUTH}/sign-up/email": new_user,
         f"{AUTH}/sign-in/email": {"email": ada.email, "password": "a wrong password"},
         f"{AUTH}/sign-out": {},
