@@ -1,6 +1,7 @@
 """The four routes and those beside them, over a real socket to real pipelines."""
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,15 @@ from tests.house import House, data_url
 ALPHA = Image.new("RGBA", (12, 8), (200, 30, 30, 0))
 PHOTO = Image.fromarray(data.astronaut()).resize((96, 64))
 GENERATE, UPSCALE, REMOVE = "/api/image/fal/generate", "/api/image/fal/upscale", "/api/image/fal/remove-bg"
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on(house: House) -> Iterator[None]:
+    """A test that fails half-way leaves no job behind that would hold up all the others."""
+    yield
+    for job in house.read("/api/jobs?limit=20")["jobs"]:
+        if job["status"] in ("queued", "running"):
+            house.ask(f"/api/jobs/{job['id']}/cancel")
 
 
 @pytest.mark.parametrize("model", ["flux-schnell", "flux-dev", "flux-kontext", "flux-1-dev"])
@@ -119,7 +129,7 @@ def test_jobs_wait_say_why_and_are_cancelled(house: House, tmp_path: Any):
     assert (running["status"], running["progress"]["phase"], running["progress"]["steps"]) == ("running", "denoise", 2)
     last = house.read(f"/api/jobs/{ids[2]}")
     assert (last["status"], last["queue"]["position"]) == ("queued", 2)
-    assert "busy" in last["queue"]["reason"]
+    assert last["queue"]["reason"].startswith("needs 0.0 GiB; the CPU has 6.0 GiB in about")
     assert [job["id"] for job in house.read("/api/jobs?limit=2")["jobs"]] == ids[:0:-1]
     assert house.ask(f"/api/jobs/{ids[2]}/cancel").json()["status"] == "cancelled"
     assert house.ask(f"/api/jobs/{ids[0]}/cancel").status_code == 202
