@@ -32,12 +32,12 @@ def make_all(root: Path) -> dict[str, Path]:
     return {f"flux-{kind}": make_flux(root / f"flux-{kind}", kind) for kind in kinds}
 
 
-def make_flux(folder: Path, kind: FluxKind) -> Path:
+def make_flux(folder: Path, kind: FluxKind, single_layers: int = 1) -> Path:
     """About 0.4 MB of bfloat16. The kinds share encoders and VAE byte for byte; the transformer is each one's own."""
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     pipeline = FluxKontextPipeline if kind == "kontext" else FluxPipeline
     pipe = pipeline(
-        transformer=flux_transformer(kind),
+        transformer=flux_transformer(kind, single_layers),
         text_encoder=clip_encoder(tokenizer),
         text_encoder_2=t5_encoder(tokenizer_2),
         vae=flux_vae(),
@@ -50,13 +50,13 @@ def make_flux(folder: Path, kind: FluxKind) -> Path:
     return folder
 
 
-def flux_transformer(kind: FluxKind) -> FluxTransformer2DModel:
+def flux_transformer(kind: FluxKind, single_layers: int = 1) -> FluxTransformer2DModel:
     return seeded(
         {"dev": 1, "schnell": 2, "kontext": 3}[kind],
         FluxTransformer2DModel,
         in_channels=64,
         num_layers=1,
-        num_single_layers=1,
+        num_single_layers=single_layers,
         attention_head_dim=16,
         num_attention_heads=WIDTH // 16,
         joint_attention_dim=WIDTH,

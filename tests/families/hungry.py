@@ -1,0 +1,48 @@
+"""Flux, but for runs whose prompt says that there is too little memory: `only staged`, `never`, `die`, `nan`."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines import flux
+from pipelines.base import OnStep, Weights
+from pipelines.params import TextToImage
+
+
+def build(weights: Weights, residency: Any) -> "Hungry":
+    return Hungry(weights, residency)
+
+
+class Hungry:
+    def __init__(self, weights: Weights, residency: Any) -> None:
+        self.flux, self.residency = flux.build(weights, residency), residency
+        self.transformer = weights.component("transformer")
+
+    def generate(self, params: TextToImage, on_step: OnStep) -> Any:
+        word, _, argument = params.prompt.partition(" ")
+        if word == "die" and not Path(argument).exists():
+            Path(argument).touch()
+            self.residency.hold(self.transformer, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        if word == "nan":
+            return self.spoiled(params, on_step)
+
+        def step(phase: str, number: int, steps: int) -> None:
+            on_step(phase, number, steps)
+            if phase == "denoise" and (word == "never" or (word == "only" and self.residency.way.name != argument)):
+                raise torch.OutOfMemoryError("at will")
+
+        return self.flux.generate(params, step)
+
+    def spoiled(self, params: TextToImage, on_step: OnStep) -> Any:
+        """With a VAE that makes NaN, and is whole again afterwards."""
+        vae = self.flux._hold("vae")
+        bias = vae.decoder.conv_out.bias
+        kept = bias.data.clone()
+        bias.data.fill_(float("nan"))
+        try:
+            return self.flux.generate(params, on_step)
+        finally:
+            bias.data.copy_(kept)
