@@ -48,8 +48,9 @@ def create_app(services: Services) -> FastAPI:
     app = FastAPI(
         title="Plantain",
         lifespan=lifespan,
-        docs_url="/api/docs",
         openapi_url="/api/openapi.json",
+        docs_url=None,  # FastAPI's pages fetch their scripts from elsewhere
+        redoc_url=None,
     )
     app.state.services = services
     for routes in (images, videos, jobs, models, account, files, health, devices):
@@ -76,7 +77,8 @@ async def _tell(request: Request, error: Exception) -> JSONResponse:
     body = told.body(request.scope["request_id"])
     problem = "application/problem+json" in request.headers.get("accept", "")
     media_type = "application/problem+json" if problem else "application/json"
-    return JSONResponse(body, told.status, told.headers, media_type)
+    headers = {**told.headers, "X-Request-Id": body["requestId"]}  # RequestId does not see what nobody expected
+    return JSONResponse(body, told.status, headers, media_type)
 
 
 def _of_our_tree(request: Request, error: Exception) -> PlantainError:
