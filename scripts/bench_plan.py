@@ -34,8 +34,8 @@ def main() -> None:
 def decisions() -> list[tuple[str, list[Waiting], list[Device]]]:
     """Mixed queues: ten models that share an encoder, jobs of several sizes."""
     needs = [Need((("encoder", 10 * GIB), (f"transformer-{n}", (2 + n) * GIB)), GIB) for n in range(10)]
-    mixed = [Waiting(f"job_{n}", needs[n % 10]) for n in range(JOBS)]
-    large = [Waiting(f"job_{n}", needs[9]) for n in range(JOBS)]
+    mixed = [Waiting(f"job_{n}", needs[n % 10], f"user_{n % 97}", created_at=n) for n in range(JOBS)]
+    large = [Waiting(f"job_{n}", needs[9], f"user_{n % 97}", created_at=n) for n in range(JOBS)]
     resident = tuple((f"transformer-{n}", (2 + n) * GIB) for n in range(3))
     eight = [Device(f"gpu{n}", 48 * GIB, resident) for n in range(8)]
     small = [Device("gpu0", 80 * GIB, resident, idle=False), Device("gpu1", 12 * GIB)]

@@ -20,7 +20,7 @@ MODELS: dict[str, tuple[Need, float, int]] = {  # what it needs, how long it tak
     "flux-kontext": (Need((*FLUX, ("kontext", int(23.8 * GB))), 3 * GB), 9.0, 15),
     "upscale": (Need((("esrgan", GB // 15),), 2 * GB), 1.0, 12),
     "remove-bg": (Need((("u2net", GB // 5),), GB), 0.3, 12),
-    "ltx": (Need((T5, ("ltx", int(3.8 * GB)), ("ltx-vae", int(1.7 * GB))), 5 * GB), 8.0, 6),
+    "ltx": (Need((T5, ("ltx-vae", int(1.7 * GB)), ("ltx", int(3.8 * GB))), 5 * GB), 8.0, 6),
     "wan-1.3b": (Need((UMT5, WAN_VAE, ("wan-1.3b", int(2.8 * GB))), 6 * GB), 45.0, 2),
     "wan-14b": (Need((UMT5, WAN_VAE, ("wan-14b", int(28.6 * GB))), 5 * GB), 200.0, 1),
 }

@@ -1,6 +1,7 @@
 """The jobs that wait: their order, whose turn it is, how long they take, and when each will start."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from server import forecast, scheduler
 from server.forecast import Place
@@ -17,6 +18,7 @@ QUEUE = "queue"
 """What `halted` calls the queue as a whole; devices go by their id."""
 STARTING_S = 10.0
 """How long a worker takes to start, at a guess."""
+MUCH = 1.25
 LEAST_RETRY_S, MOST_RETRY_S = 5, 600
 
 
@@ -32,14 +34,13 @@ class Backlog:
         self._changes = 0
 
     def queued(self, job: Job, runnable: Runnable) -> Queued:
-        work = work_of(shape_of(job.params, job.pixels))
         return Queued(
             job_id=job.id,
             need=runnable.need,
             user_id=job.user_id,
             weight=job.weight,
             priority=job.priority,
-            expected_s=self.timings.expect(job.model, job.workflow, work, job.kind),
+            expected_s=self._expected_s(job),
             created_at=job.created_at,
             job=job,
             weights=runnable.weights,
@@ -69,7 +70,7 @@ class Backlog:
             self.turns.left(queued)
         return queued
 
-    def replace(self, queued: Queued) -> None:
+    def put(self, queued: Queued) -> None:
         """The same job with another priority."""
         self._changes += 1
         self.jobs[queued.job_id] = queued
@@ -79,8 +80,21 @@ class Backlog:
         self.turns.ended(queued, took_s)
 
     def learn(self, queued: Queued, run_s: float) -> Timing:
+        """How long such jobs take; those that wait are told, if it is much else than was thought."""
         job = queued.job
-        return self.timings.learn(job.model, job.workflow, work_of(shape_of(job.params, job.pixels)), run_s)
+        timing = self.timings.learn(job.model, job.workflow, work_of(shape_of(job.params, job.pixels)), run_s)
+        if not 1 / MUCH < timing.run_s / max(queued.expected_s, 1e-9) < MUCH:
+            self.jobs = {job_id: self._expected_anew(each, queued) for job_id, each in self.jobs.items()}
+        return timing
+
+    def _expected_anew(self, waiting: Queued, like: Queued) -> Queued:
+        job = waiting.job
+        if (job.model, job.workflow) != (like.job.model, like.job.workflow):
+            return waiting
+        return replace(waiting, expected_s=self._expected_s(job))
+
+    def _expected_s(self, job: Job | NewJob) -> float:
+        return self.timings.expect(job.model, job.workflow, work_of(shape_of(job.params, job.pixels)), job.kind)
 
     def plan(self, devices: Sequence[Device], now: float) -> list[Action]:
         """Nothing starts while the queue is halted."""
@@ -101,8 +115,8 @@ class Backlog:
 
     def promise(self, new: NewJob, runnable: Runnable, workers: Sequence[Worker], now: float) -> float | None:
         """When a job that comes now should start; it is measured how far this was off."""
-        asked = self.timings.expect(new.model, new.workflow, work_of(shape_of(new.params, new.pixels)), new.kind)
-        job = Waiting(new.id, runnable.need, new.user_id, new.weight, expected_s=asked, created_at=now)
+        expected_s = self._expected_s(new)
+        job = Waiting(new.id, runnable.need, new.user_id, new.weight, expected_s=expected_s, created_at=now)
         return self.places(workers, now, job)[new.id].start_at
 
     def reason(self, queued: Queued, workers: Sequence[Worker], now: float) -> str:

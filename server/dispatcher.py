@@ -420,7 +420,7 @@ class Dispatcher:
     async def _prioritise(self, job_id: str, priority: int) -> None:
         job = await self._write(self.store.prioritise, job_id, priority)
         if job and (queued := self.backlog.jobs.get(job_id)):
-            self.backlog.replace(replace(queued, priority=priority, job=job))
+            self.backlog.put(replace(queued, priority=priority, job=job))
 
     async def _halt(self, what: str, on: bool) -> None:
         if on:

@@ -38,6 +38,9 @@ class Recorder:
     def send(self, command: Any) -> None:
         self.told.append(command)
 
+    def kill(self) -> None:
+        self.says(Died(-9))
+
     async def stop(self, patience_s: float) -> None:
         self.told.append(Shutdown())
 
@@ -57,9 +60,19 @@ class Bench:
     def worker(self, device: str = "gpu0") -> Recorder:
         return self.dispatcher.workers[device].supervisor  # type: ignore[return-value]
 
-    async def submit(self, number: int, model: str = "a", weights: int = 10, working: int = 5, price: int = 1) -> str:
+    async def submit(
+        self,
+        number: int,
+        model: str = "a",
+        weights: int = 10,
+        working: int = 5,
+        price: int = 1,
+        user: str | None = None,
+    ) -> str:
         output = self.dispatcher.files.new_name(".png")
-        new = NewJob(f"j{number}", self.user, None, "image", model, "text-to-image", {"seed": 1}, 1, output, price)
+        new = NewJob(
+            f"j{number}", user or self.user, None, "image", model, "text-to-image", {"seed": 1}, 1, output, price
+        )
         job, _ = await self.dispatcher.submit(new, runnable(model, weights, working))
         return job.id
 
@@ -88,7 +101,8 @@ async def bench(tmp_path: Path, devices: int = 1, **options: Any) -> AsyncIterat
     shelf: Any = SimpleNamespace(families=list, runnable=lambda model, pixels, params: runnable(model))
     specs = [DeviceSpec(f"gpu{n}", "GPU", "cpu", 100, 25) for n in range(devices)]
     spawn: Any = Recorder
-    dispatcher = Dispatcher(store, Files(tmp_path / "files"), shelf, specs, spawn=spawn, clock=lambda: NOW, **options)
+    clock = options.pop("clock", lambda: NOW)
+    dispatcher = Dispatcher(store, Files(tmp_path / "files"), shelf, specs, spawn=spawn, clock=clock, **options)
     made = Bench(dispatcher, store)
     await dispatcher.start()
     yield made
