@@ -1,5 +1,6 @@
 """How many bytes each phase of a run took beside the weights, at its peak."""
 
+import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,9 @@ class ProcessGauge:
     """The process's resident set, as Linux counts it; files that are mapped count while they are read."""
 
     def reset(self) -> None:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)  # else memory that was freed and kept for the next run would be nobody's
         CLEAR_REFS.write_text(RESET_PEAK)
 
     def peaks(self) -> tuple[int, int]:

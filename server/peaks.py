@@ -11,8 +11,8 @@ from pipelines.base import Peak, Way
 from pipelines.catalog import PhaseWorking, Working
 from server.vram import Shape
 
-HEADROOM = 1.03
-"""What is expected over the largest peak that was measured of the very same shape: allocators are not exact."""
+HEADROOM, SLACK_BYTES = 1.03, 16 * 2**20
+"""What is expected over the largest peak that was measured: allocators are not exact, and small peaks least of all."""
 
 MEASURES = {"cuda": "reserved", "cpu": "resident set"}
 """How a worker measures: what CUDA's allocator took from the device; how much the process grew."""
@@ -58,14 +58,14 @@ class Peaks:
     def learned(self, model: str, working: Working, shape: Shape) -> Mapping[str, tuple[tuple[Way, int], ...]]:
         """By phase: what to expect in each way that was measured.
 
-        1. Of the very same shape: the largest peak ever measured, and `HEADROOM`.
+        1. Of the very same shape: the largest peak ever measured, and headroom.
         2. Of other shapes alone: the estimate, times the most by which a peak ever passed its estimate. A model that
            was never under-estimated keeps its estimate: nothing is taken off for a shape that nobody has seen.
         """
         found: dict[str, dict[Way, int]] = defaultdict(dict)
         for each in self._by_model[model].values():
             if (each.pixels, each.frames) == (shape.pixels, shape.frames):
-                found[each.phase][each.way] = int(each.working_bytes * HEADROOM)
+                found[each.phase][each.way] = with_headroom(each.working_bytes)
         for phase in working.phases:
             for way in {each.way for each in self._of_phase(model, phase.name)} - found[phase.name].keys():
                 if expected_bytes := self._scaled(model, phase, way, shape):
@@ -85,7 +85,11 @@ class Peaks:
             estimates = [phase.bytes_for(each.pixels, each.frames) for each in alike]
             estimate = phase.bytes_for(shape.pixels, shape.frames)
         worst = max(each.working_bytes / max(1, guess) for each, guess in zip(alike, estimates, strict=True))
-        return int(estimate * worst * HEADROOM) if worst > 1 else None
+        return with_headroom(estimate * worst) if worst > 1 else None
+
+
+def with_headroom(peak_bytes: float) -> int:
+    return int(peak_bytes * HEADROOM) + SLACK_BYTES
 
 
 def key_of(measured: Measured) -> tuple[object, ...]:

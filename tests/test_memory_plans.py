@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipelines.base import Component, Peak, Way, Weights
 from pipelines.catalog import PhaseWorking, Working
 from server.ladder import Rung, bound, next_rung
-from server.peaks import HEADROOM, Measured, Peaks, read_peaks, record_peaks
+from server.peaks import Measured, Peaks, read_peaks, record_peaks, with_headroom
 from server.placement import Device, Evict, able, best, choose, evictions, orders, refusal
 from server.store import Store
 from server.vram import Need, Shape, need_of, shape_of
@@ -196,12 +196,12 @@ def expected(peaks: Peaks, pixels: int, way: Way = RESIDENT) -> int:
 def test_a_shape_that_was_measured_is_expected_to_take_its_peak_and_headroom():
     big = [measured("decode", 2000, pixels=1000), measured("denoise", 900, pixels=1000)]
     assert expected(Peaks("cuda"), 1000) == 3000
-    assert expected(Peaks("cuda", big), 1000) == int(2000 * HEADROOM)
+    assert expected(Peaks("cuda", big), 1000) == with_headroom(2000)
 
 
 def test_another_shape_is_raised_as_much_as_any_peak_passed_its_estimate_and_never_lowered():
     over, under = measured("decode", 6000, pixels=1000), measured("decode", 1500, pixels=1000)
-    assert expected(Peaks("cuda", [over]), 2000) == int(2 * 6000 * HEADROOM)
+    assert expected(Peaks("cuda", [over]), 2000) == with_headroom(2 * 6000)
     assert expected(Peaks("cuda", [under]), 2000) == 6000
 
 
