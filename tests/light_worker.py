@@ -1,6 +1,6 @@
 """A worker that imports nothing heavy and so starts at once: the real protocol, and files written as the real one does.
 
-A job's prompt says how many steps it takes, or that it fails.
+A job's prompt says that it fails, or how long it takes: `fail`, `slow SECONDS`.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ def serve(connection: Connection) -> None:
 
 
 def outcome(connection: Connection, command: Run) -> Succeeded | Failed | Cancelled:
-    prompt = command.params["prompt"]
+    prompt, _, seconds = command.params["prompt"].partition(" ")
     for step in range(3):
         connection.send(Progress(command.job_id, "denoise", step, 3))
-        time.sleep(random.uniform(0, 0.01))
+        time.sleep(float(seconds) / 3 if seconds else random.uniform(0, 0.01))
         while connection.poll():
             match connection.recv():
                 case Cancel(job_id) if job_id == command.job_id:

@@ -1,5 +1,6 @@
 """Backups, damaged and newer databases, full disks: what an operator meets on a bad day."""
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -74,7 +75,7 @@ def test_a_backup_under_load_adds_up(tmp_path: Path):
     thread.start()
     for index in range(5):
         taken = backup.back_up(settings.database, settings.files, tmp_path / f"copy{index}")
-        with sqlite3.connect(tmp_path / f"copy{index}") as db:
+        with contextlib.closing(sqlite3.connect(tmp_path / f"copy{index}")) as db:
             balance, total, charges = db.execute(
                 "SELECT (SELECT balance FROM user), (SELECT sum(amount) FROM ledger),"
                 " (SELECT count(*) FROM ledger WHERE kind = 'charge')"
