@@ -81,10 +81,10 @@ class Residency:
             resident = None
         if resident is None:
             self.meter.lap()
+            self._since[component.key], self._names[component.key] = self._clock(), component.name
             # A tensor made in inference mode could never again be pointed elsewhere.
             with torch.inference_mode(False), torch.no_grad():
                 resident = self._bring(component, load, kept_bytes)
-            self._since[component.key], self._names[component.key] = self._clock(), component.name
         self._resident[component.key] = resident
         self.meter.restart()
         return resident.loaded

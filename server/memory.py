@@ -123,7 +123,7 @@ class Memory:
             "hostBudgetBytes": spec.host_budget_bytes,
             "hostBytes": sum(each.host_bytes for each in held),
             "pageLockedBytes": sum(each.host_bytes for each in held if each.page_locked),
-            "linkBytesPerSecond": view.link_bytes_per_s,
+            "linkBytesPerSecond": None if spec.torch_device == "cpu" else view.link_bytes_per_s,
             "components": [component_json(each) for each in held],
             "evictions": [
                 {"key": each.key, "name": each.name, "bytes": each.size_bytes, "at": iso(each.at)}

@@ -9,12 +9,15 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from pipelines.base import Component, Way
+from pipelines.catalog import Catalog
 from pipelines.flux import build
+from pipelines.installed import Installed
 from pipelines.loading import load_component
 from pipelines.packing import ALIGNMENT_BYTES, BLOCK_ALIGNMENT_BYTES, PackedModule
 from pipelines.params import TextToImage
 from pipelines.residency import Residency
 from pipelines.sizes import FP8, class_of_config, sizes_of
+from pipelines.weights.pull import pull
 from tests import tiny, tiny_video
 
 
@@ -132,3 +135,41 @@ def test_a_layer_that_raised_while_it_was_wide_is_narrow_again_wherever_its_weig
     for _ in range(2):
         layer(torch.zeros(1, 32, dtype=torch.bfloat16))
         assert torch.equal(layer.weight.view(torch.uint8), before)
+
+
+def test_a_file_of_another_dtype_takes_what_was_foreseen(folders: dict[str, Path], tmp_path: Path):
+    path = tmp_path / "vae"
+    torch.nn.Module.to(load_component(described(folders["flux"] / "vae")), torch.float32).save_pretrained(path)
+    (tmp_path / "model_index.json").write_text((folders["flux"] / "model_index.json").read_text())
+    component = described(path)
+    module = load_component(component)
+    assert next(module.parameters()).dtype == torch.bfloat16
+    assert component.weights_bytes == sum(tensor.nbytes for tensor in module.parameters())
+
+
+def test_a_quantised_model_is_a_table_beside_the_plain_one(folders: dict[str, Path], tmp_path: Path):
+    table = """
+[models.NAME]
+name = "NAME"
+kind = "image"
+family = "flux"
+dtype = "bfloat16"
+workflows = ["text-to-image"]
+credits = { base = 1 }
+licence = "none"
+sizes = { "1:1" = [64, 64] }
+defaults = { num_inference_steps = 2 }
+weights = { source = "path", path = "FOLDER" }
+"""
+    text = "".join(table.replace("NAME", name) for name in ("plain", "small")).replace("FOLDER", str(folders["flux"]))
+    (tmp_path / "weights.toml").write_text(text + 'quantisation = "fp8-layerwise"\n')
+    catalog = Catalog.load(tmp_path / "weights.toml")
+    for model in catalog.models.values():
+        pull(model, tmp_path / "weights")
+    installed = Installed(tmp_path / "weights")
+    plain, small = (installed.weights(catalog.models[name]) for name in ("plain", "small"))
+    assert plain and small
+    shared = {part.name for part in plain.components if part.key == small.component(part.name).key}
+    assert shared == {"text_encoder", "text_encoder_2", "vae"}
+    before, after = plain.component("transformer").weights_bytes, small.component("transformer").weights_bytes
+    assert after < 0.8 * before

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from pipelines.base import Component, Way
 from pipelines.embeddings import Embeddings
@@ -128,6 +129,65 @@ def test_outputs_are_the_same_bits_after_100_random_ways_and_swaps():
         assert torch.equal(module(X), Stack(ord(key))(X))
         if chance.random() < 0.5:
             residency.evict(chance.choice("ab"))
+
+
+T5 = T5Config(
+    vocab_size=50, d_model=32, d_kv=16, d_ff=32, num_layers=4, num_heads=2, feed_forward_proj="gated-gelu"
+)  # fmt: skip
+CLIP = CLIPTextConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 20_000])
+@pytest.mark.parametrize(("kind", "config"), [(T5EncoderModel, T5), (CLIPTextModel, CLIP)])
+@torch.inference_mode()
+def test_text_encoders_stream_too(kind: Any, config: Any, kept_bytes: int):
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.inference_mode(False):
+        plain = tiny.seeded(1, kind, config)
+    residency = Residency("cpu", copies_to_device=True)
+    residency.begin(streams("k", kept_bytes))
+    encoder = residency.hold(component(), lambda _: tiny.seeded(1, kind, config))
+    assert torch.equal(encoder(ids).last_hidden_state, plain(ids).last_hidden_state)
+    assert residency.held()[0].streamed
+
+
+@pytest.mark.parametrize("way", [Way(), streams("k", 5000)], ids=["whole", "streamed"])
+def test_a_device_that_another_program_filled_leaves_right_books(monkeypatch: pytest.MonkeyPatch, way: Way):
+    def no_room(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError
+
+    residency = Residency("cpu", copies_to_device=True)
+    module = Stack()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        residency.begin(way)
+        patch.setattr(torch, "empty_like", no_room)
+        patch.setattr(torch, "empty", no_room)
+        residency.hold(component(), lambda _: module)
+    assert residency.resident() == ()
+    assert [held.device_bytes for held in residency.held()] in ([], [0])
+    residency.begin(streams("k", 0))
+    assert torch.equal(residency.hold(component(), lambda _: Stack())(X), Stack()(X))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_on_cuda_streamed_and_whole_are_the_same_bits_and_the_bytes_are_the_allocators():
+    residency = Residency("cuda")
+    x = X.cuda()
+    expected = residency.hold(component(), lambda _: Stack())(x)
+    residency.evict("k")
+    before = torch.cuda.memory_allocated()
+    for kept_bytes in (0, 3000, 9000):
+        residency.begin(streams("k", kept_bytes))
+        module = residency.hold(component(), lambda _: Stack())
+        assert torch.cuda.memory_allocated() - before <= residency.resident()[0][1] + 512 * 16
+        for _ in range(10):
+            assert torch.equal(module(x), expected)
+        residency.evict("k")
+    residency.clear()
 
 
 # A real pipeline in each tier
