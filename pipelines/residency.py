@@ -60,12 +60,12 @@ class Residency:
         if phase == self.phase:
             return
         self.phase = phase
-        self.meter.lap()
+        self.meter.enter(phase)
         phases = dict(self.way.phases)
         if self.way.tier != "resident" and phase in phases:
             for key in {key for keys in phases.values() for key in keys} - set(phases[phase]):
                 self.evict(key)
-        self.meter.enter(phase)
+        self.meter.restart()
 
     def hold(self, component: Component, load: Callable[[Component], Any]) -> Any:
         """What `load` made of the component, with its weights on the device; `load` runs only if no copy is here.
@@ -74,13 +74,13 @@ class Residency:
         Whatever it raises comes out, and so does running out of memory: then the component is not resident.
         """
         self._meet(component.key)
+        self.meter.lap()  # before any weights move: they are not counted, and the peak is that of before
         kept_bytes = dict(self.way.kept).get(component.key) if self._copies_to_device else None
         resident = self._resident.pop(component.key, None)
         if isinstance(resident, PackedModule) and resident.kept_bytes != kept_bytes:
             resident.leave_device()
             resident = None
         if resident is None:
-            self.meter.lap()
             self._since[component.key], self._names[component.key] = self._clock(), component.name
             # A tensor made in inference mode could never again be pointed elsewhere.
             with torch.inference_mode(False), torch.no_grad():

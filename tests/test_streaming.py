@@ -301,6 +301,25 @@ def test_a_phase_that_takes_much_is_seen_to():
     assert measured["denoise"] == pytest.approx(256 * 2**20, rel=0.05)
 
 
+@pytest.mark.parametrize("tier", ["staged", "streamed"])
+def test_weights_that_come_and_go_are_not_working_memory(tier: Any):
+    size_bytes = 128 * 2**20
+
+    def large(_: Component) -> nn.Module:
+        module = nn.Module()
+        module.part = nn.Parameter(torch.ones(size_bytes // 4), requires_grad=False)
+        return module
+
+    residency = Residency("cpu", copies_to_device=True)
+    phases = (("encode", ("a",)), ("denoise", ("b",)), ("decode", ("c",)))
+    for _ in range(2):
+        residency.begin(Way(tier, phases=phases))
+        for key in "abc":
+            residency.hold(component(key), large)
+        for peak in residency.meter.end():
+            assert peak.working_bytes < size_bytes / 8, peak
+
+
 # Host memory
 
 
