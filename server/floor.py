@@ -1,0 +1,211 @@
+"""The workers, and what becomes of the jobs that they run. The dispatcher's: it tells what to do and what was said."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipelines.base import Held, Peak
+from server import protocol, scheduler
+from server.backlog import Backlog
+from server.errors import DoesNotFit
+from server.jobs import Job
+from server.memory import Memory
+from server.outputs import Files
+from server.roster import Queued, Worker
+from server.scheduler import Action, Evict, Refuse, Start
+from server.scribe import Scribe
+from server.store import HUNG, INTERRUPTED, error_of
+from server.timings import hang_s, record_timing
+from server.vram import Need, shape_of
+from server.watchers import Watchers
+
+log = logging.getLogger("plantain.floor")
+
+LONGEST_RESPAWN_DELAY_S = 30.0
+
+
+class Floor:
+    """`respawn` is asked to start a device's worker again, after so many seconds."""
+
+    def __init__(
+        self,
+        scribe: Scribe,
+        files: Files,
+        backlog: Backlog,
+        memory: Memory,
+        watchers: Watchers,
+        clock: Callable[[], float],
+        respawn: Callable[[str, float], None],
+    ) -> None:
+        self.scribe, self.files, self.backlog, self.memory, self.watchers = scribe, files, backlog, memory, watchers
+        self.store, self.write = scribe.store, scribe.write
+        self.clock, self.respawn = clock, respawn
+        self.workers: dict[str, Worker] = {}
+        self.progress: dict[str, protocol.Progress] = {}
+
+    @property
+    def devices(self) -> list[scheduler.Device]:
+        return [worker.view for worker in self.workers.values()]
+
+    def state(self, worker: Worker) -> dict[str, Any]:
+        """A worker's device as people and programs see it."""
+        runs = worker.runs.job_id if worker.runs else None
+        return self.memory.state(worker.supervisor.device, worker.view, worker.status, runs)
+
+    def seconds_left(self, job_id: str) -> float | None:
+        """Until a running job should have ended."""
+        ends = [worker.ends_at for worker in self.workers.values() if worker.runs and worker.runs.job_id == job_id]
+        return max(0.0, ends[0] - self.clock()) if ends else None
+
+    async def hear(self, worker: Worker, event: protocol.Event) -> None:
+        match event:
+            case protocol.Ready(link_bytes_per_s):
+                worker.status = "idle"
+                worker.link_bytes_per_s = link_bytes_per_s or worker.link_bytes_per_s
+                await self._show(worker, ())
+            case protocol.Progress(job_id):
+                worker.status, worker.sign_at = "running", self.clock()
+                self.progress[job_id] = event
+            case protocol.Resident(components, held):
+                worker.resident = components
+                await self._show(worker, held)
+            case protocol.Died(exit_code):
+                await self._mourn(worker, exit_code)
+            case protocol.Succeeded(job_id, width, height, run_s, duration_s, peaks):
+                await self._learn(worker, peaks)
+                ran, load_s = worker.runs, worker.load_s
+                output = {"width": width, "height": height} | ({"duration": duration_s} if duration_s else {})
+                await self._end(worker, self.store.succeed, job_id, output, self.clock())
+                await self._learn_time(ran, max(0.0, run_s - load_s))
+            case protocol.Cancelled(job_id):
+                await self._end(worker, self.store.cancel, job_id, self.clock())
+            case protocol.Failed(job_id, code, message):
+                await self._fail(worker, job_id, code, message)
+
+    async def perform(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Evict(device, key):
+                    self.memory.evicted(self.workers[device].view, key, self.clock())
+                    self.workers[device].supervisor.send(protocol.Evict(key))
+                    self.workers[device].forget({key})
+                case Start(job_id, device):
+                    await self._start(self.backlog.start(job_id, self.clock()), self.workers[device])
+                case Refuse(job_id):
+                    dropped = self.backlog.drop(job_id)
+                    refusal = scheduler.refusal(dropped.need, self.devices) if dropped else ""
+                    error = error_of(DoesNotFit(f"The job {refusal}."))
+                    self.done(await self.write(self.store.fail, job_id, error, self.clock()))
+
+    def kill_the_hung(self) -> None:
+        """A worker whose job shows no sign of progress is killed; the rest follows from its death."""
+        for worker in self.workers.values():
+            worker.sign_at = min(worker.sign_at, self.clock())  # the clock may have been set back
+            if worker.runs and not worker.hung and self.clock() - worker.sign_at > worker.hang_s:
+                log.error("%s: job %s hangs", worker.id, worker.runs.job_id)
+                worker.hung = True
+                worker.supervisor.kill()
+
+    def cancel(self, job_id: str) -> None:
+        """A running job stops at its next step."""
+        for worker in self.workers.values():
+            if worker.runs and worker.runs.job_id == job_id:
+                worker.supervisor.send(protocol.Cancel(job_id))
+
+    def done(self, job: Job | None) -> None:
+        if job:
+            self.progress.pop(job.id, None)
+            self.memory.forget(job.id)
+            self.watchers.tell(job.id, job)
+
+    async def _start(self, queued: Queued, worker: Worker) -> None:
+        job = await self.write(self.store.start, queued.job_id, worker.supervisor.device.id, self.clock())
+        if job is None:
+            self.backlog.ended(queued, 0.0)
+            return
+        expect(worker, queued, self.clock())
+        way = self.memory.orders(job.id, queued.need, worker.view)
+        worker.status, worker.runs = "loading", queued
+        worker.forget(queued.need.keys)
+        worker.resident += queued.need.components
+        output = self.files.path(job.output_name)
+        worker.supervisor.send(
+            protocol.Run(
+                job.id, queued.weights, job.workflow, job.params, self.files.root.absolute(), output.absolute(), way
+            )
+        )
+
+    async def _fail(self, worker: Worker, job_id: str, code: str, message: str) -> None:
+        """A job that ran out of memory is tried in another way or place, as long as there is one."""
+        if code == "OUT_OF_MEMORY" and worker.runs and (need := await self._next_try(worker, worker.runs)):
+            worker.resident = ()
+            await self._run_again(worker, need)
+            worker.status = "idle"
+            return
+        if tried := self.memory.tried(job_id):
+            message = f"{message} Tried: {'; '.join(tried)}."
+        await self._end(worker, self.store.fail, job_id, {"error": message, "code": code}, self.clock())
+
+    async def _next_try(self, worker: Worker, queued: Queued) -> Need | None:
+        now, model = self.clock(), queued.job.model
+        return await self.write(self.memory.ran_out, queued.job_id, model, queued.need, worker.view, self.devices, now)
+
+    async def _learn(self, worker: Worker, peaks: Sequence[Peak]) -> None:
+        """What the run took, for the jobs to come."""
+        if worker.runs and peaks:
+            job = worker.runs.job
+            shape = shape_of(job.params, job.pixels)
+            for row in await self.write(self.memory.learn, job.id, job.model, shape, peaks, self.clock()):
+                self.memory.peaks.add(row)
+
+    async def _learn_time(self, ran: Queued | None, run_s: float) -> None:
+        """How long such jobs take, but for the weights that this one had to wait for."""
+        if ran:
+            await self.write(record_timing, self.store.db, self.backlog.learn(ran, run_s))
+
+    async def _show(self, worker: Worker, held: Sequence[Held]) -> None:
+        """What the worker has, for whoever looks."""
+        self.memory.held[worker.id] = tuple(held)
+        await self.write(self.memory.write_device, worker.id, self.state(worker), self.clock())
+
+    async def _mourn(self, worker: Worker, exit_code: int) -> None:
+        """A worker is dead: its job runs again or fails, and another one is started, later after each death."""
+        log.warning("worker of %s died with %s", worker.supervisor.device.id, exit_code)
+        worker.status, worker.resident = "dead", ()
+        await self._show(worker, ())
+        await self._run_again(worker)
+        delay_s = min(LONGEST_RESPAWN_DELAY_S, 2.0**worker.deaths - 1)
+        worker.deaths += 1
+        self.respawn(worker.id, delay_s)
+
+    async def _run_again(self, worker: Worker, need: Need | None = None) -> None:
+        """Because its worker died; or, with another `need`, because memory ran out, which is no attempt."""
+        queued, worker.runs = worker.runs, None
+        error, worker.hung = HUNG if worker.hung else INTERRUPTED, False
+        if queued is None:
+            return
+        self.progress.pop(queued.job_id, None)
+        job = await self.write(self.store.requeue, queued.job_id, self.clock(), count_attempt=need is None, error=error)
+        if job and not job.is_final:
+            again = replace(queued, need=need or queued.need, job=job)
+            self.backlog.add_back(again)
+        else:
+            self.backlog.ended(queued, 0.0)
+            self.done(job)
+
+    async def _end(self, worker: Worker, write: Callable[..., Job | None], *values: Any) -> None:
+        job = await self.write(write, *values)
+        if worker.runs:
+            self.backlog.ended(worker.runs, max(0.0, self.clock() - worker.started_at))
+        worker.status, worker.runs, worker.deaths = "idle", None, 0
+        self.done(job)
+
+
+def expect(worker: Worker, queued: Queued, now: float) -> None:
+    """When the job that starts here should have ended, and when it hangs."""
+    missing_bytes = worker.view.missing_bytes(queued.need)
+    worker.load_s = missing_bytes / worker.link_bytes_per_s
+    worker.started_at = worker.sign_at = now
+    worker.ends_at = now + worker.load_s + queued.expected_s
+    worker.hang_s = hang_s(queued.expected_s, missing_bytes)
