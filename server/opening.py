@@ -12,6 +12,7 @@ from server.settings import SettingsError
 BUSY_TIMEOUT_S = 5.0
 BUSY_RETRY_S = 5
 DAMAGED = "not a database", "malformed"
+CLOSED = "readonly", "unable to open", "Read-only", "No such file", "Not a directory"
 
 
 class DatabaseUnusable(SettingsError):
@@ -50,7 +51,7 @@ def advice(error: Exception) -> str:
         return f"the database is damaged ({text}). Restore a backup: plantain restore FILE"
     if "locked" in text:
         return "the database is locked by another process that writes to it. Which one: fuser FILE"
-    if "readonly" in text or isinstance(error, PermissionError) or "unable to open" in text or "Read-only" in text:
+    if isinstance(error, PermissionError) or any(word in text for word in CLOSED):
         return f"the data folder cannot be written ({text}). Check its owner, and how its disk is mounted"
     if "full" in text or "No space" in text:
         return "the disk is full. Free some space; nothing is lost meanwhile"

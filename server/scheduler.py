@@ -29,9 +29,7 @@ class Waiting:
     @cached_property
     def kind(self) -> str:
         """Jobs of one kind are alike to a device. A string, since it remembers its hash; and one for all that are."""
-        need = self.need
-        keys = "+".join(key for key, _ in need.components)
-        return sys.intern(f"{keys} {need.total_bytes} {need.passes} {need.ways} {need.devices} {self.expected_s:.2g}")
+        return sys.intern(f"{hash(self.need)} {self.expected_s:.2g}")
 
     @cached_property
     def line(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "spandrel", "rembg", "onnxruntime"}
-PURE = {"jobs", "scheduler", "placement", "vram", "protocol", "requests"}
+PURE = {"jobs", "scheduler", "fairness", "turns", "simulation", "forecast", "placement", "vram", "protocol", "requests"}
 FAMILIES = {"flux", "wan", "ltx", "realesrgan", "rembg"}
 LOADING = FAMILIES | {"residency", "packing", "streaming", "link", "meter", "hostram", "embeddings", "casting"}
 LOADING |= {"loading", "faults", "tiles", "video"}

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 from sqlite_utils import Database
+from typer.testing import CliRunner
 
 from server import accounts, backup, checkup, ledger
+from server.cli import app
+from server.commands.serve import lock_data
 from server.jobs import NewJob
 from server.migrations import migrations
 from server.opening import DatabaseUnusable, as_told
@@ -195,3 +198,51 @@ def test_a_full_disk_loses_nothing(tmp_path: Path):
     store.db.execute("PRAGMA max_page_count = 1000000")
     assert store.insert(new_job(user, number), NOW)[0].id == f"j{number}"
     store.close()
+
+
+def plantain(*words: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_backup_and_restore_at_the_command_line(tmp_path: Path):
+    settings, _ = furnished(tmp_path / "data")
+    code, told = plantain("backup", tmp_path / "copy", "--data", settings.data)
+    assert (code, "3 jobs, 3 files" in told, "rsync -a --files-from=" in told) == (0, True, True)
+    (settings.files / f"{1:048x}.png").unlink()
+    code, told = plantain("restore", tmp_path / "copy", "--data", settings.data)
+    assert code == 0 and "1 of them missing" in told
+    (tmp_path / "copy").write_bytes(b"rubbish" * 999)
+    assert plantain("restore", tmp_path / "copy", "--data", settings.data)[0] == 1
+
+
+def test_nothing_is_restored_under_a_running_server(tmp_path: Path):
+    settings, _ = furnished(tmp_path / "data")
+    plantain("backup", tmp_path / "copy", "--data", settings.data)
+    lock = lock_data(settings.data)
+    code, told = plantain("restore", tmp_path / "copy", "--data", settings.data)
+    lock.close()
+    assert (code, "Another server is using" in told) == (1, True)
+
+
+def test_a_data_folder_that_cannot_be_written_is_said(tmp_path: Path):
+    (tmp_path / "file").touch()
+    code, told = plantain("serve", "--data", tmp_path / "file" / "data")
+    assert code == 1 and "the data folder cannot be written" in told
+    with pytest.raises(DatabaseUnusable, match="cannot be written"):
+        Store(tmp_path / "file" / "data" / "plantain.sqlite")
+
+
+def test_a_damaged_database_is_one_line_at_the_command_line(tmp_path: Path):
+    Settings(data=tmp_path).database.write_bytes(b"rubbish" * 999)
+    code, told = plantain("users", "list", "--data", tmp_path)
+    assert code == 1 and "plantain restore FILE" in told and "Traceback" not in told
+
+
+def test_promises_at_the_command_line(tmp_path: Path):
+    settings, _ = furnished(tmp_path / "data")
+    with contextlib.closing(sqlite3.connect(settings.database)) as db:
+        db.execute("UPDATE job SET promised_start_at = started_at - 3")
+        db.commit()
+    code, told = plantain("jobs", "--promises", "--data", settings.data)
+    assert code == 0 and "3.0" in told

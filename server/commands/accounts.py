@@ -136,15 +136,16 @@ def changing(data: Path) -> Iterator[Database]:
     settings = Settings(data=data)
     if not settings.database.exists():
         raise typer.BadParameter(f"there is no database in {data}: start the server once, or give --data")
-    store = Store(settings.database)
     try:
-        with store.atomic() as db:
-            yield db
+        store = Store(settings.database)
+        try:
+            with store.atomic() as db:
+                yield db
+        finally:
+            store.close()
     except (PlantainError, SettingsError) as error:
         Console(stderr=True).print(f"[red]{error}[/red]")
         raise typer.Exit(1) from None
-    finally:
-        store.close()
 
 
 @contextmanager

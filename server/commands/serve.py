@@ -19,6 +19,7 @@ from server import open_mode, services
 from server.app import create_app
 from server.commands.weights import pull_each
 from server.farewell import PatientServer
+from server.opening import advice
 from server.settings import PROJECT, Settings, SettingsError, from_environment
 
 SHUTDOWN_S = 30
@@ -74,11 +75,15 @@ def _make(settings: Settings) -> services.Services:
 
 def lock_data(data: Path) -> IO[str]:
     """Hold the data folder for this process: two servers on one queue would run its jobs twice."""
-    data.mkdir(parents=True, exist_ok=True, mode=0o700)  # keys, sessions and pictures: not for others on this machine
-    lock = (data / "lock").open("a+")
+    try:  # the folder has keys, sessions and pictures: it is not for others on this machine
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (data / "lock").open("a+")
+    except OSError as error:
+        raise typer.Exit(_complain(f"{data}: {advice(error)}")) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.close()
         raise typer.Exit(_complain(f"Another server is using {data}.")) from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
