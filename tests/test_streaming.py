@@ -13,6 +13,7 @@ from pipelines.base import Component, Way
 from pipelines.embeddings import Embeddings
 from pipelines.flux import Flux, build
 from pipelines.hostram import HostRamShort
+from pipelines.loading import load_component
 from pipelines.packing import BLOCK_ALIGNMENT_BYTES, PackedModule
 from pipelines.params import TextToImage
 from pipelines.residency import Residency
@@ -231,6 +232,22 @@ def test_every_tier_makes_the_same_picture_and_drops_what_its_phase_does_not_nee
             assert picture(flux, residency, way(folder, tier)) == expected
             assert names_held(residency) == ["vae"]
     assert picture(flux, residency, Way()) == expected
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["host is device", "host copies to device"])
+def test_pictures_are_the_same_bits_after_100_random_swaps(folder: Path, copies: bool):
+    flux, residency = a_flux(folder, copies_to_device=copies)
+    expected = picture(flux, residency, Way())
+    chance = random.Random(3)
+    keys = [part.key for part in tiny.weights_of(folder).components]
+    parts = {part.key: part for part in tiny.weights_of(folder).components}
+    residency.begin(Way())
+    for _ in range(100):
+        residency.evict(chance.choice(keys))
+        residency.hold(parts[chance.choice(keys)], load_component)
+    for tier in ("resident", "staged", "streamed"):
+        residency.embeddings = Embeddings()
+        assert picture(flux, residency, way(folder, tier)) == expected
 
 
 def test_a_phase_of_the_staged_tier_holds_its_own_components_alone(folder: Path):
