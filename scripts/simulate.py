@@ -42,9 +42,7 @@ def main() -> None:
     names = list(workloads.WORKLOADS) if options.workload == "all" else [options.workload]
     for name in names:
         print(f"\n{name}: {options.devices} devices of {options.budget:g} GB, {options.link:g} GB/s")
-        print(
-            f"  {'':12}{'makespan':>10}{'>= x bound':>11}{'switches':>9}{'x bytes':>8}{'mean':>8}{'p95':>8}{'max':>8}{'Jain':>6}"
-        )
+        print(" " * 16 + "makespan  x bound switches x bytes    mean     p95     max  Jain")
         for order, decide in ORDERS.items():
             show(order, *median([lived(name, options, decide, seed) for seed in range(options.seeds)]))
 

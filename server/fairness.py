@@ -30,7 +30,7 @@ def joined(shares: Shares, user_id: str) -> Shares:
 
 
 def charged(shares: Shares, user_id: str, device_s: float, weight: float, active: Iterable[str]) -> Shares:
-    """The user has had so many device-seconds more (or fewer, to put a guess right). `active` have jobs, this one too."""
+    """The user has had so many device-seconds more, or fewer where a guess is put right. `active` are all with jobs."""
     spent_s = {**shares.spent_s, user_id: shares.spent(user_id) + device_s / weight}
     least_s = min((spent_s.get(each, shares.floor_s) for each in active), default=shares.floor_s)
     return replace(shares, spent_s=spent_s, floor_s=max(shares.floor_s, least_s))

@@ -1,6 +1,7 @@
 """The queue as people meet it: why they wait and how long, what an admin switches, and jobs that hang."""
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,26 @@ def test_a_clock_set_back_kills_nothing_and_forgets_nothing(tmp_path: Path):
             assert it.worker().starts == 1
 
     asyncio.run(tell())
+
+
+@told()
+async def test_a_database_locked_by_another_process_holds_the_queue_up_and_loses_nothing(it: Bench):
+    it.worker().says(Ready())
+    await it.submit(1)
+    await it.settle()
+    it.store.db.execute("PRAGMA busy_timeout = 20")
+    other = sqlite3.connect(it.dispatcher.files.root.parent / "plantain.sqlite")
+    other.execute("BEGIN IMMEDIATE")
+    it.worker().says(Succeeded("j1", 8, 8, 1.0))
+    await asyncio.sleep(0.2)
+    assert it.dispatcher.trouble == "the database cannot be written: database is locked"
+    assert not it.dispatcher.ready
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        await it.submit(2)
+    other.close()
+    assert (await asyncio.wait_for(it.dispatcher.wait("j1"), 5)).status == "succeeded"
+    await it.settle()
+    assert (it.dispatcher.trouble, ledger.balance(it.store.db, it.user)) == (None, 99)
 
 
 @told()
