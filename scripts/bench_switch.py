@@ -28,32 +28,32 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size_bytes = sum(tensor.nbytes for tensor in random_module(given.model).parameters())
     print(f"{given.model}: {size_bytes / 1e9:.2f} GB of random bfloat16 on {device.type}, median of {given.rounds}")
-    plain = report("one plain copy", size_bytes, times(given.rounds, plain_copy(size_bytes, device)))
-    swap = report("switch, packed", size_bytes, times(given.rounds, packed_switch(given.model, device)))
-    moved = report(".to() there and back", size_bytes, times(given.rounds, moving(given.model, device)))
-    print(f"switch / plain copy {swap / plain:.2f}; switch / .to() {swap / moved:.2f}")
+    makes: dict[str, Callable[[], Callable[[], None]]] = {
+        "one plain copy": lambda: plain_copy(size_bytes, device),
+        "switch, packed": lambda: packed_switch(given.model, device),
+        ".to() there and back": lambda: moving(given.model, device),
+    }
     if device.type == "cuda":
-        offload = report("enable_model_cpu_offload", size_bytes, times(given.rounds, offloading(given.model, device)))
-        print(f"switch / model offload {swap / offload:.2f}")
+        makes["enable_model_cpu_offload"] = lambda: offloading(given.model, device)
+        rates = {name: measure({name: make()}, given.rounds, size_bytes)[name] for name, make in makes.items()}
+    else:
+        rates = measure({name: make() for name, make in makes.items()}, given.rounds, size_bytes)
+    for name, rate in rates.items():
+        print(f"{name:26} {rate / 1e9:6.2f} GB/s   switch / this: {rates['switch, packed'] / rate:.2f}")
 
 
-def report(name: str, size_bytes: int, seconds: list[float]) -> float:
-    rate = size_bytes / statistics.median(seconds)
-    low, high = size_bytes / max(seconds), size_bytes / min(seconds)
-    print(f"{name:26} {rate / 1e9:6.2f} GB/s   ({low / 1e9:.2f} to {high / 1e9:.2f})")
-    return rate
-
-
-def times(rounds: int, turn: Callable[[], None]) -> list[float]:
-    """Seconds of each round, after one that does not count."""
-    found = []
-    for _ in range(rounds + 1):
-        synchronize()
-        started = time.perf_counter()
-        turn()
-        synchronize()
-        found.append(time.perf_counter() - started)
-    return found[1:]
+def measure(turns: dict[str, Callable[[], None]], rounds: int, size_bytes: int) -> dict[str, float]:
+    """Bytes a second, median of the rounds. In each round every one has its turn: what else runs disturbs all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(rounds + 1):
+        for name, turn in turns.items():
+            synchronize()
+            started = time.perf_counter()
+            turn()
+            synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: size_bytes / statistics.median(each) for name, each in seconds.items()}
 
 
 def synchronize() -> None:
