@@ -1,14 +1,18 @@
 """What the server adds to a bare pipeline call: HTTP, queue, worker process, PNG and database.
 
 Pairs of one picture of tiny Flux weights: the pipeline called straight in this process, then the same through a real
-socket. Prints the median difference, and as a share of a one-second job.
+socket. Prints the median difference, and as a share of a one-second job. One thread each, here and in the worker: what
+more threads gain on a network this small is noise.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; the worker inherits it
 
 from pipelines import flux
 from pipelines.catalog import Catalog
