@@ -74,10 +74,11 @@ def create_app(services: Services) -> FastAPI:
 async def _tell(request: Request, error: Exception) -> JSONResponse:
     """Turn whatever was raised into the envelope. What is not of our tree is logged, and its text kept here."""
     told = _of_our_tree(request, error)
-    body = told.body(request.scope["request_id"])
+    request_id = request.scope["request_id"]
+    body = told.body(request_id)
     problem = "application/problem+json" in request.headers.get("accept", "")
     media_type = "application/problem+json" if problem else "application/json"
-    headers = {**told.headers, "X-Request-Id": body["requestId"]}  # RequestId does not see what nobody expected
+    headers = {**told.headers, "X-Request-Id": request_id}  # RequestId does not see what nobody expected
     return JSONResponse(body, told.status, headers, media_type)
 
 
