@@ -7,7 +7,7 @@ import argparse
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +51,8 @@ def lived(name: str, options: argparse.Namespace, decide: Decide, seed: int) -> 
     jobs = made(name, options, seed)
     boxes = workloads.devices(options.devices, options.budget, options.link)
     if decide is plan:
-        decide = partial(plan, policy=Policy(options.quantum, options.length_bias, options.long_s, options.age_cap_s))
+        policy = Policy(**{field.name: getattr(options, field.name) for field in fields(Policy)})
+        decide = partial(plan, policy=policy)
     runs = World(decide, {box.id: box for box in boxes}).live(jobs)
     if options.svg and isinstance(decide, partial):
         Path(options.svg).write_text(timeline.svg(runs, [box.id for box in boxes]))
@@ -74,8 +75,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--link", type=float, default=20.0, help="GB/s from host to device")
     parser.add_argument("--seeds", type=int, default=5, help="worlds to live through; each figure is their median")
     parser.add_argument("--svg", help="write the timeline to this file")
-    for field in ("quantum", "length_bias", "long_s", "age_cap_s"):
-        parser.add_argument(f"--{field}", type=float, default=getattr(Policy(), field))
+    for field in fields(Policy):
+        parser.add_argument(f"--{field.name}", type=float, default=field.default, help="of the plan's policy")
     return parser.parse_args()
 
 

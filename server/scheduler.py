@@ -60,13 +60,14 @@ class Policy:
     """Figures of the plan, found by simulation (`docs/scheduling.md`).
 
     To the device-seconds that its user has had, a job adds `length_bias` times its own length, so that short ones go
-    first, and `quantum` times what its weights take to load, so that a device stays with those that it has. Jobs
-    longer than `long_s` take no more than half of the devices while others wait. Nobody's oldest job is passed over
-    for longer than `age_cap_s`.
+    first, and `quantum` times what its weights take to load, so that a device stays with those that it has; less
+    `wear` times what it has waited, so that it does not stay for ever. Jobs longer than `long_s` take no more than half
+    of the devices while others wait. Nobody's oldest job is passed over for longer than `age_cap_s`.
     """
 
     quantum: float = 200.0
-    length_bias: float = 10.0
+    wear: float = 5.0
+    length_bias: float = 20.0
     long_s: float = 30.0
     age_cap_s: float = 600.0
 
@@ -107,7 +108,7 @@ class Queue:
         self, waiting: Sequence[Waiting], devices: Sequence[Device], now: float, shares: Shares, policy: Policy
     ) -> None:
         self.waiting, self.devices, self.shares, self.policy = waiting, devices, shares, policy
-        self.latest_at = now - policy.age_cap_s
+        self.now = now
         self.lines = [job.line for job in waiting]
         heads = list(first_of_each(waiting, self.lines).values())
         self.heads: defaultdict[str, dict[str, Waiting]] = defaultdict(dict)
@@ -150,7 +151,11 @@ class Queue:
 
     def overdue(self) -> Waiting | None:
         """Of the users' oldest jobs, the one that might have been the next for the longest, if that is too long."""
-        late = [job for job in self.oldest.values() if self.since(job) < self.latest_at and self.options[job.kind]]
+        late = [
+            job
+            for job in self.oldest.values()
+            if self.since(job) < self.now - self.policy.age_cap_s and self.options[job.kind]
+        ]
         return min(late, key=self.since, default=None)
 
     def since(self, job: Waiting) -> float:
@@ -169,8 +174,8 @@ class Queue:
 
     def cost_s(self, job: Waiting) -> float:
         load_s = self.options[job.kind][0][0]
-        own_s = self.policy.length_bias * job.expected_s + self.policy.quantum * load_s
-        return self.spent_s[job.user_id] + own_s
+        stay_s = max(0.0, self.policy.quantum * load_s - self.policy.wear * (self.now - job.created_at))
+        return self.spent_s[job.user_id] + self.policy.length_bias * job.expected_s + stay_s
 
     def take(self, job: Waiting, device: Device) -> None:
         """The job has started: the device is busy, the next of the line comes forward, its user has had more."""
