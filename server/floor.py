@@ -148,8 +148,10 @@ class Floor:
         await self._end(worker, self.store.fail, job_id, {"error": message, "code": code}, self.clock())
 
     async def _next_try(self, worker: Worker, queued: Queued) -> Need | None:
-        now, model = self.clock(), queued.job.model
-        return await self.write(self.memory.ran_out, queued.job_id, model, queued.need, worker.view, self.devices, now)
+        now, job, at = self.clock(), queued.job, worker.view
+        need = await self.write(self.memory.ran_out, job.id, job.model, queued.need, at, self.devices, now)
+        self.memory.demote(job.id, job.model, shape_of(job.params, job.pixels), at)
+        return need
 
     async def _learn(self, worker: Worker, peaks: Sequence[Peak]) -> None:
         """What the run took, for the jobs to come."""

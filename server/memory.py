@@ -87,6 +87,22 @@ class Memory:
         self._tries[job_id] = tries
         return bound(tries.need, following) if following else None
 
+    def demote(self, job_id: str, model: str, shape: Shape, at: Device) -> None:
+        """Until the server ends, jobs of this model and shape do not begin in a way that failed on such a device.
+
+        Not after the first failure, which may have been another program's doing, and not for the last way there is.
+        """
+        tries = self._tries[job_id]
+        need, way = tries.need, tries.failed[-1].way
+        if len(tries.failed) < 2 or not need.phases or way == need.possible[-1]:
+            return
+        phase = max(need.phases, key=lambda each: need.phase_weights(each, way) + each.bytes_in(way))
+        weights_bytes = need.weights_bytes if way.tier == "resident" else need.phase_weights(phase, way)
+        working_bytes = max(phase.bytes_in(way), at.budget_bytes - weights_bytes + 1)
+        kind, now = self.peaks.device_kind, 0.0
+        row = Measured(model, way, phase.name, shape.pixels, shape.frames, kind, working_bytes, working_bytes, now)
+        self.peaks.add(row)
+
     def tried(self, job_id: str) -> list[str]:
         """The ways in which the job ran out of memory."""
         failed = self._tries[job_id].failed if job_id in self._tries else ()
