@@ -11,10 +11,11 @@ from typing import Any
 from server import protocol, scheduler
 from server.backlog import Backlog
 from server.devices import DeviceSpec
-from server.errors import ConcurrencyLimit, DoesNotFit, InternalError, PlantainError, QueueFull, Unavailable
+from server.door import Door, stopping
+from server.errors import InternalError, PlantainError
 from server.floor import Floor
 from server.forecast import Place
-from server.jobs import Job, NewJob
+from server.jobs import Job
 from server.memory import Memory
 from server.outputs import Files
 from server.remote import errand
@@ -35,7 +36,7 @@ from server.roster import (
     WorkerSaid,
 )
 from server.scribe import Scribe
-from server.shelf import Runnable, Shelf
+from server.shelf import Shelf
 from server.store import Store, error_of
 from server.supervisor import OnEvent, Supervisor
 from server.timings import read_timings
@@ -66,7 +67,6 @@ class Dispatcher:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store, self.files, self.shelf, self.clock = store, files, shelf, clock
-        self.max_queued, self.max_queued_each = max_queued, max_queued_each
         self.desk = desk
         if desk:
             desk.tell = self._desk_said
@@ -80,6 +80,8 @@ class Dispatcher:
         families = shelf.families()
         self.floor = Floor(self.scribe, files, self.backlog, self.memory, self.watchers, clock, self._respawn_later)
         self.workers = self.floor.workers
+        self.door = Door(self.floor, desk, self.inbox, clock, max_queued, max_queued_each)
+        self.submit, self.submit_remote = self.door.submit, self.door.submit_remote
         for device in devices:
             worker = Worker(spawn(device, families, self._worker_said), device.budget_bytes)
             worker.halted = device.id in self.backlog.halted
@@ -104,7 +106,7 @@ class Dispatcher:
 
     async def leave(self, patience_s: float) -> None:
         """Start nothing more, and wait for the running jobs, so long at most. Others go on at the next start."""
-        self.leaving = True
+        self.leaving = self.door.closed = True
         for job_id in self.backlog.jobs:
             self.watchers.tell(job_id, stopping())
         self.inbox.put_nowait(Tick())
@@ -124,21 +126,6 @@ class Dispatcher:
                 await self.store.call(self.store.requeue, worker.runs.job_id, self.clock(), count_attempt=False)
         await asyncio.gather(*(worker.supervisor.stop(STOP_PATIENCE_S) for worker in self.workers.values()))
         self.watchers.tell_all(stopping())
-
-    async def submit(self, new: NewJob, runnable: Runnable) -> tuple[Job, int]:
-        """Charge and queue; returns the job and the balance left. Raises DoesNotFit, QueueFull, InsufficientCredits."""
-        if refusal := scheduler.refusal(runnable.need, self.devices):
-            raise DoesNotFit(f"{new.model} {refusal}.", needBytes=runnable.need.total_bytes)
-        self._check_room(new.user_id)
-        return await asyncio.shield(self._accept(new, runnable))
-
-    async def submit_remote(self, new: NewJob) -> tuple[Job, int]:
-        """The same for a job that runs at fal, where it waits in fal's own queue."""
-        if self.leaving:
-            raise stopping()
-        if self.desk and len(self.desk.tasks) + self.inbox.qsize() >= self.max_queued:
-            raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers={"Retry-After": "30"})
-        return await asyncio.shield(self._accept_remote(new))
 
     async def wait(self, job_id: str) -> Job:
         """The job once it has ended. Raises KeyError; Unavailable when the server stops first."""
@@ -265,18 +252,6 @@ class Dispatcher:
             self.desk.cancel(job_id)
         self.floor.cancel(job_id)
 
-    def _check_room(self, user_id: str) -> None:
-        if self.leaving:
-            raise stopping()
-        if len(self.queue) + self.inbox.qsize() >= self.max_queued:
-            raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers=self._retry_after())
-        if self.backlog.turns.waiting(user_id) >= self.max_queued_each:
-            text = f"You have {self.max_queued_each} jobs waiting; more cannot be taken."
-            raise ConcurrencyLimit(text, headers=self._retry_after(), limit=self.max_queued_each)
-
-    def _retry_after(self) -> dict[str, str]:
-        return {"Retry-After": str(self.backlog.retry_s(list(self.workers.values())))}
-
     async def _prioritise(self, job_id: str, priority: int) -> None:
         job = await self.scribe.write(self.store.prioritise, job_id, priority)
         if job and (queued := self.backlog.jobs.get(job_id)):
@@ -295,18 +270,6 @@ class Dispatcher:
     def _tick(self) -> None:
         self.inbox.put_nowait(Tick())
         self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
-
-    async def _accept(self, new: NewJob, runnable: Runnable) -> tuple[Job, int]:
-        now = self.clock()
-        promised_at = self.backlog.promise(new, runnable, list(self.workers.values()), now)
-        job, balance = await self.store.call(self.store.insert, new, now, promised_at)
-        self.inbox.put_nowait(Submitted(self.backlog.queued(job, runnable)))
-        return job, balance
-
-    async def _accept_remote(self, new: NewJob) -> tuple[Job, int]:
-        job, balance = await self.store.call(self.store.insert, new, self.clock())
-        self.inbox.put_nowait(SubmittedRemote(job))
-        return job, balance
 
     async def _take_up(self, job: Job) -> None:
         try:
@@ -331,7 +294,3 @@ class Dispatcher:
 
     def _desk_said(self, said: errand.Said) -> None:
         self.inbox.put_nowait(DeskSaid(said))
-
-
-def stopping() -> Unavailable:
-    return Unavailable("The server is stopping; the job goes on when it is back.")
