@@ -149,9 +149,7 @@ class Floor:
 
     async def _next_try(self, worker: Worker, queued: Queued) -> Need | None:
         now, job, at = self.clock(), queued.job, worker.view
-        need = await self.write(self.memory.ran_out, job.id, job.model, queued.need, at, self.devices, now)
-        self.memory.demote(job.id, job.model, shape_of(job.params, job.pixels), at)
-        return need
+        return await self.write(self.memory.ran_out, job.id, job.model, queued.need, at, self.devices, now)
 
     async def _learn(self, worker: Worker, peaks: Sequence[Peak]) -> None:
         """What the run took, for the jobs to come."""
@@ -160,6 +158,7 @@ class Floor:
             shape = shape_of(job.params, job.pixels)
             for row in await self.write(self.memory.learn, job.id, job.model, shape, peaks, self.clock()):
                 self.memory.peaks.add(row)
+            self.memory.demote(job.id, job.model, shape, worker.view)
 
     async def _learn_time(self, ran: Queued | None, run_s: float) -> None:
         """How long such jobs take, but for the weights that this one had to wait for."""

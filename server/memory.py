@@ -88,20 +88,20 @@ class Memory:
         return bound(tries.need, following) if following else None
 
     def demote(self, job_id: str, model: str, shape: Shape, at: Device) -> None:
-        """Until the server ends, jobs of this model and shape do not begin in a way that failed on such a device.
+        """A job succeeded in another way than it began in: until the server ends, others like it begin there too."""
+        tries = self._tries.get(job_id)
+        failed = {rung.way for rung in tries.failed if rung.device == at.id} if tries else set()
+        for way in failed - {self._plain_way(job_id)}:
+            if tries and tries.need.phases:
+                self.peaks.add(self._too_much(model, tries.need, way, shape, at.budget_bytes))
 
-        Not after the first failure, which may have been another program's doing, and not for the last way there is.
-        """
-        tries = self._tries[job_id]
-        need, way = tries.need, tries.failed[-1].way
-        if len(tries.failed) < 2 or not need.phases or way == need.possible[-1]:
-            return
+    def _too_much(self, model: str, need: Need, way: Way, shape: Shape, budget_bytes: int) -> Measured:
+        """A peak with which the way just does not fit into the budget."""
         phase = max(need.phases, key=lambda each: need.phase_weights(each, way) + each.bytes_in(way))
         weights_bytes = need.weights_bytes if way.tier == "resident" else need.phase_weights(phase, way)
-        working_bytes = max(phase.bytes_in(way), at.budget_bytes - weights_bytes + 1)
-        kind, now = self.peaks.device_kind, 0.0
-        row = Measured(model, way, phase.name, shape.pixels, shape.frames, kind, working_bytes, working_bytes, now)
-        self.peaks.add(row)
+        working_bytes = max(phase.bytes_in(way), budget_bytes - weights_bytes + 1)
+        kind = self.peaks.device_kind
+        return Measured(model, way, phase.name, shape.pixels, shape.frames, kind, working_bytes, working_bytes, 0.0)
 
     def tried(self, job_id: str) -> list[str]:
         """The ways in which the job ran out of memory."""

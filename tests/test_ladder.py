@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pipelines.base import Way
+from pipelines.base import Peak
 from server.protocol import Failed, Ready, Resident, Run, Succeeded
 from server.rungs import read_rungs
 from server.shelf import Runnable
@@ -52,16 +52,20 @@ async def test_it_goes_down_on_one_device_and_then_to_the_other_and_no_try_is_an
 
 
 @told()
-async def test_a_way_that_failed_twice_is_no_jobs_first_way_any_more(it: Bench):
+async def test_jobs_like_it_begin_where_a_job_ended_well(it: Bench):
     it.worker("gpu0").says(Ready())
     await submit(it)
+    for _ in range(2):
+        it.worker("gpu0").says(OUT)
+        await it.settle()
     peaks = it.dispatcher.memory.peaks
-    it.worker("gpu0").says(OUT)
-    await it.settle()
     assert peaks.of("a") == []
-    it.worker("gpu0").says(OUT)
+    it.worker("gpu0").says(Succeeded("j1", 8, 8, 0.1, peaks=(Peak("decode", 2, 2, 10),)))
     await it.settle()
-    assert [(each.way, each.working_bytes) for each in peaks.of("a")] == [(Way("resident"), 25 - 10 + 1)]
+    assert {each.way.name: each.working_bytes for each in peaks.of("a")} == {
+        "resident, tiled": 2,
+        "resident": 25 - 10 + 1,
+    }
 
 
 @told()
