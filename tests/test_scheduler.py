@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.scheduler import Device, Evict, Refuse, Start, Waiting, after, plan, refusal
+from server.scheduler import Device, Evict, Refuse, Start, Waiting, after, plan
 from server.vram import Need
 
 GIB = 2**30
