@@ -1,6 +1,6 @@
 """Background removal against `rembg s`, rembg's own HTTP server: same network, same threads, same photo.
 
-Each server runs alone, at each concurrency in turn. Ours gets the photo as a data URL and its PNG is fetched as well, so
+Each server runs alone, at each concurrency in turn. Ours gets the photo as a data URL and its PNG is fetched, too, so
 both sides move the same bytes. Prints pictures a second, p95, memory of the process tree, and the ratios.
 """
 
