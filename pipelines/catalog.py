@@ -113,7 +113,8 @@ class Model:
 
     `sizes` are by aspect ratio, at the usual resolution; `resolutions` has them for each, where there is a choice.
     `dtypes` are those of single components, `quantisation` is the denoiser's. A model with `variants` has no weights of
-    its own: it stands for those models, best first for each workflow.
+    its own: it stands for those models, best first for each workflow. `loras`, by the names that requests give them,
+    are installed as models are, under ids such as `flux-dev+watercolour`, but do not run by themselves.
     """
 
     id: str
@@ -140,6 +141,7 @@ class Model:
     variants: Mapping[str, tuple["Model", ...]] = field(default_factory=dict)
     remote: Mapping[str, str] = field(default_factory=dict)
     retired: Retired | None = None
+    loras: Mapping[str, "Model"] = field(default_factory=dict)
     weights_gib: float | None = None
 
     @property
@@ -168,6 +170,23 @@ class Catalog:
         if wanted not in names:
             raise UnknownModel(name, get_close_matches(wanted, names, 3))
         return self.models[names[wanted]]
+
+    def find_weights(self, name: str) -> Model:
+        """What `find` finds, or `MODEL+LORA`. Raises `UnknownModel`."""
+        parent, plus, lora = name.partition("+")
+        model = self.find(parent)
+        if not plus:
+            return model
+        names = {each.lower(): each for each in model.loras}
+        if lora.lower() not in names:
+            raise UnknownModel(name, [each.id for each in model.loras.values()])
+        return model.loras[names[lora.lower()]]
+
+    @property
+    def with_loras(self) -> dict[str, Model]:
+        """All that can be installed, by id."""
+        loras = {lora.id: lora for model in self.models.values() for lora in model.loras.values()}
+        return {**self.models, **loras}
 
     def that_can(self, kind: str, workflow: str) -> list[Model]:
         return [model for model in self.models.values() if model.kind == kind and workflow in model.workflows]

@@ -15,6 +15,7 @@ from pipelines.base import BadOutput, InvalidInput, OnStep, UnusableWeights, Wei
 from pipelines.embeddings import tokenizer_key
 from pipelines.images import open_image
 from pipelines.loading import load_component, load_small, read_json
+from pipelines.lora import worn
 from pipelines.params import ImageToImage, TextToImage
 from pipelines.residency import Residency
 from pipelines.tiling import tiled
@@ -109,17 +110,18 @@ class Flux:
         """Packed latents (1, tokens, 4 x channels). A model without guidance embeddings ignores `guidance_scale`."""
         pipe = self._pipe(recipe, "transformer")
         dtype = pipe.transformer.dtype
-        return pipe(
-            **{name: cast(value, dtype) for name, value in inputs.items()},
-            width=params.width,
-            height=params.height,
-            num_inference_steps=params.num_inference_steps,
-            guidance_scale=params.guidance_scale,
-            generator=generator,
-            callback_on_step_end=report_steps(on_step),
-            output_type="latent",
-            return_dict=False,
-        )[0]
+        with worn(pipe, params.loras, self._residency.device):
+            return pipe(
+                **{name: cast(value, dtype) for name, value in inputs.items()},
+                width=params.width,
+                height=params.height,
+                num_inference_steps=params.num_inference_steps,
+                guidance_scale=params.guidance_scale,
+                generator=generator,
+                callback_on_step_end=report_steps(on_step),
+                output_type="latent",
+                return_dict=False,
+            )[0]
 
     def _decode(self, latents: torch.Tensor, params: TextToImage) -> Image.Image:
         """As diffusers' guide to running the parts apart has it (docs: training/distributed_inference)."""

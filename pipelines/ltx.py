@@ -15,6 +15,7 @@ from pipelines.base import InvalidInput, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
 from pipelines.embeddings import tokenizer_key
 from pipelines.loading import load_component, load_small, read_json
+from pipelines.lora import worn
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
 from pipelines.residency import Residency
 from pipelines.tiling import tiled
@@ -99,20 +100,22 @@ class Ltx:
         self, params: TextToVideo, start: "Start", embeds: dict[str, Any], generator: torch.Generator, on_step: OnStep
     ) -> torch.Tensor:
         """Latents (1, channels, (frames - 1) / 8 + 1, height / 32, width / 32), normalised."""
-        return self._pipe("transformer", "vae")(
-            conditions=list(start.conditions) or None,
-            **embeds,
-            width=params.width,
-            height=params.height,
-            num_frames=start.frames,
-            frame_rate=params.fps,
-            num_inference_steps=params.num_inference_steps,
-            guidance_scale=params.guidance_scale,
-            generator=generator,
-            callback_on_step_end=report_steps(on_step),
-            output_type="latent",
-            return_dict=False,
-        )[0]
+        pipe = self._pipe("transformer", "vae")
+        with worn(pipe, params.loras, self._residency.device):
+            return pipe(
+                conditions=list(start.conditions) or None,
+                **embeds,
+                width=params.width,
+                height=params.height,
+                num_frames=start.frames,
+                frame_rate=params.fps,
+                num_inference_steps=params.num_inference_steps,
+                guidance_scale=params.guidance_scale,
+                generator=generator,
+                callback_on_step_end=report_steps(on_step),
+                output_type="latent",
+                return_dict=False,
+            )[0]
 
     def _decode(self, latents: torch.Tensor, count: int, generator: torch.Generator) -> np.ndarray:
         """Frames (count, height, width, 3), 8 bits, as diffusers' own pipeline decodes them."""

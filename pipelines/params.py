@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.alias_generators import to_camel
+
+from pipelines.base import Component
 
 MAX_SEED = 2**32 - 1
 
@@ -29,6 +31,8 @@ Duration = Annotated[float, Field(gt=0, le=60, description="Length in seconds.")
 Resolution = Annotated[str, Field(max_length=20, description="A size class, such as `480p` or `720p`.")]
 FramesPerSecond = Annotated[int, Field(ge=1, le=60, description="Frames per second.")]
 OutputFormat = Annotated[Literal["png", "jpeg", "webp"], Field(description="The image file's format.")]
+LoraId = Annotated[str, Field(min_length=1, max_length=100, description="One of the model's LoRAs.")]
+LoraScale = Annotated[float, Field(ge=-2, le=2, description="How strongly it works: 0 not at all.")]
 FileFormat = Literal["png", "jpeg", "webp", "mp4"]
 Pixels = Annotated[int, Field(ge=16, le=16_384)]
 FrameCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -40,6 +44,35 @@ def _located(name: Path, info: ValidationInfo) -> Path:
 
 InputFile = Annotated[Path, AfterValidator(_located)]
 """A name in the folder of files; the whole path where validation is given `context={"files": folder}`."""
+
+
+class Lora(BaseModel):
+    """A LoRA that a caller picks."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    id: LoraId
+    scale: LoraScale = 1.0
+
+
+class WornLora(BaseModel):
+    """The same for a pipeline, with its file where validation is given `context={"loras": {id: Component}}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: LoraId
+    scale: LoraScale
+    weights: Component | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _located(cls, value: Any, info: ValidationInfo) -> Any:
+        found = (info.context or {}).get("loras", {})
+        return {**value, "weights": found[value["id"]]} if isinstance(value, dict) and value["id"] in found else value
+
+
+Loras = Annotated[list[Lora], Field(max_length=4, description="LoRAs of the model, all at once.")]
+WornLoras = tuple[WornLora, ...]
 
 
 class Body(BaseModel):
@@ -75,6 +108,7 @@ class GenerateImage(Body):
     strength: Strength | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: GuidanceScale | None = None
+    loras: Loras | None = None
     output_format: OutputFormat | None = None
 
 
@@ -96,6 +130,7 @@ class GenerateVideo(Body):
     negative_prompt: NegativePrompt | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: GuidanceScale | None = None
+    loras: Loras | None = None
 
 
 class UpscaleImage(Body):
@@ -132,6 +167,7 @@ class TextToImage(Params):
     num_inference_steps: Steps
     guidance_scale: GuidanceScale = 0.0
     negative_prompt: NegativePrompt = ""
+    loras: WornLoras = ()
 
 
 class ImageToImage(TextToImage):
@@ -163,6 +199,7 @@ class TextToVideo(Params):
     num_inference_steps: Steps
     guidance_scale: GuidanceScale = 0.0
     negative_prompt: NegativePrompt = ""
+    loras: WornLoras = ()
 
 
 class ImageToVideo(TextToVideo):

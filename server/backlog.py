@@ -44,6 +44,7 @@ class Backlog:
             created_at=job.created_at,
             job=job,
             weights=runnable.weights,
+            loras=runnable.loras,
         )
 
     def add(self, queued: Queued) -> None:

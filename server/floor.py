@@ -132,7 +132,14 @@ class Floor:
         output = self.files.path(job.output_name)
         worker.supervisor.send(
             protocol.Run(
-                job.id, queued.weights, job.workflow, job.params, self.files.root.absolute(), output.absolute(), way
+                job_id=job.id,
+                weights=queued.weights,
+                workflow=job.workflow,
+                params=job.params,
+                files=self.files.root.absolute(),
+                output=output.absolute(),
+                way=way,
+                loras=queued.loras,
             )
         )
 

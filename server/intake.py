@@ -97,7 +97,7 @@ class Intake:
         """Raises what the caller or the operator has to mend, see `server.errors`; and KeyTaken for a claim's key."""
         model = self._model(kind, body)
         order = Order(caller, model, workflow_of(model, body, self.shelf.catalog), body, claim)
-        chosen = read_route(route, self.route)
+        chosen = self._route_with_loras(order, read_route(route, self.route))
         place = choose(model, order.workflow, chosen, self.shelf, self.desk, body.given.get("resolution"))
         inputs = Inputs()
         try:
@@ -113,6 +113,20 @@ class Intake:
         except BaseException:
             self._discard(inputs)
             raise
+
+    def _route_with_loras(self, order: Order, route: Route) -> Route:
+        """Raises InvalidBody or ModelNotInstalled for LoRAs that cannot be had; those that can run here only."""
+        given = order.body.given
+        ids = [lora.id for lora in given.get("loras", ())]
+        if not ids:
+            return route
+        model = self.shelf.chosen(order.model, order.workflow, given.get("resolution"))
+        message = "they work here only, and the route is remote-only" if route == "remote-only" and model.loras else ""
+        message = "each may be picked once" if len(set(ids)) < len(ids) else message
+        if message:
+            raise InvalidBody(f"loras: {message}.", issues=[{"path": "loras", "message": message}])
+        self.shelf.loras(model, ids)
+        return "local-only"
 
     async def _store(self, body: Body, own_bases: Sequence[str], inputs: Inputs) -> None:
         for url in input_urls(body):

@@ -5,14 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.base import Held, Peak, Way, Weights
+from pipelines.base import Component, Held, Peak, Way, Weights
 
 # Commands: server → worker
 
 
 @dataclass(frozen=True)
 class Run:
-    """Run `params` (camelCase JSON of the workflow's class) with `weights`, in this `way`; write to `output`."""
+    """Run `params` (camelCase JSON of the workflow's class) with `weights`, in this `way`; write to `output`.
+
+    `loras` are the files of those that `params` name, by their ids.
+    """
 
     job_id: str
     weights: Weights
@@ -21,6 +24,7 @@ class Run:
     files: Path
     output: Path
     way: Way = field(default_factory=Way)
+    loras: Mapping[str, Component] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

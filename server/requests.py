@@ -75,6 +75,8 @@ def resolve(
     cls = PARAMS[workflow]
     offered = {name: value for name, value in body.given.items() if name not in TUNABLES or name in model.defaults}
     offered = {**model.defaults, **offered, "images": [image.name for image in images]}
+    if "loras" in offered:
+        offered["loras"] = [lora.model_dump() for lora in offered["loras"]]
     priced = {}
     if issubclass(cls, TextToVideo):
         fields = video_fields(model, workflow, body.given, images, video)

@@ -1,9 +1,10 @@
 """What the dispatcher keeps of each worker, and the messages that it is sent."""
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from pipelines.base import Weights
+from pipelines.base import Component, Weights
 from server import protocol, scheduler
 from server.jobs import Job
 from server.placement import LINK_BYTES_PER_S
@@ -18,6 +19,7 @@ class Queued(Waiting):
 
     job: Job
     weights: Weights
+    loras: Mapping[str, Component] = field(default_factory=dict)
 
 
 @dataclass

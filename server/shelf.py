@@ -1,24 +1,25 @@
 """Which models can run here, and what a job of one needs."""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.base import Weights
+from pipelines.base import Component, Weights
 from pipelines.catalog import Catalog, Model, UnknownModel
 from pipelines.installed import Installed
-from server.errors import ModelNotFound, ModelNotInstalled, RemoteUnavailable, UnsupportedResolution
+from server.errors import InvalidBody, ModelNotFound, ModelNotInstalled, RemoteUnavailable, UnsupportedResolution
 from server.peaks import Peaks
-from server.vram import Need, need_of, shape_of
+from server.vram import Need, beside, component_bytes, need_of, shape_of
 
 
 @dataclass(frozen=True)
 class Runnable:
-    """A model's weights as installed, and the bytes that one run takes."""
+    """A model's weights as installed, the bytes that one run takes, and its LoRAs by their ids."""
 
     weights: Weights
     need: Need
+    loras: Mapping[str, Component] = field(default_factory=dict)
 
 
 class Shelf:
@@ -75,7 +76,22 @@ class Shelf:
         weights = self.weights(model)
         shape = shape_of(params or {}, pixels)
         learned = self.peaks.learned(model.id, model.working, shape) if self.peaks else {}
-        return Runnable(weights, need_of(weights, model.working, shape, learned))
+        loras = self.loras(model, [lora["id"] for lora in (params or {}).get("loras", ())])
+        need = need_of(weights, model.working, shape, learned)
+        return Runnable(weights, beside(need, component_bytes(loras.values())) if loras else need, loras)
+
+    def loras(self, model: Model, ids: Iterable[str]) -> dict[str, Component]:
+        """Their files. Raises InvalidBody for one that the model has not, ModelNotInstalled for one not here."""
+        found = {}
+        for id_ in ids:
+            if id_ not in model.loras:
+                there_are = f"it has {', '.join(model.loras)}" if model.loras else "it has none"
+                message = f"{model.name} has no LoRA {id_!r}; {there_are}"
+                raise InvalidBody(
+                    f"loras: {message}.", issues=[{"path": "loras", "message": message}], loras=list(model.loras)
+                )
+            found[id_] = self.weights(model.loras[id_]).components[0]
+        return found
 
     def users(self) -> dict[str, list[str]]:
         """The installed models that use each component, by its key."""

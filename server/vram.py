@@ -1,7 +1,7 @@
 """What a job needs on a device, in bytes: by phase, and by the way in which it is run. Pure."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -147,6 +147,20 @@ def need_of(
         blocks=tuple((key, component.block_bytes) for key, component in components.items() if component.block_bytes),
         passes=shape.passes,
     )
+
+
+def beside(need: Need, more_bytes: int) -> Need:
+    """The same need with so many bytes more in every phase, whatever was measured without them."""
+    phases = [
+        replace(
+            phase,
+            working_bytes=phase.working_bytes + more_bytes,
+            tiled_bytes=None if phase.tiled_bytes is None else phase.tiled_bytes + more_bytes,
+            learned=tuple((way, size + more_bytes) for way, size in phase.learned),
+        )
+        for phase in need.phases
+    ]
+    return replace(need, working_bytes=need.working_bytes + more_bytes, phases=tuple(phases))
 
 
 def phase_of(

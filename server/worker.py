@@ -98,12 +98,13 @@ class Worker:
 
     def outcome(self, command: Run) -> Succeeded:
         started = time.monotonic()
-        params = PARAMS[command.workflow].model_validate(dict(command.params), context={"files": command.files})
+        context = {"files": command.files, "loras": command.loras}
+        params = PARAMS[command.workflow].model_validate(dict(command.params), context=context)
         on_step = self.on_step(command.job_id)
         pipeline = self.pipeline(command.weights)
         self.residency.begin(command.way)
         made = pipeline.generate(params, on_step)
-        peaks = self.residency.meter.end()
+        peaks = self.residency.meter.end() if not command.loras else ()  # theirs are not the model's
         if isinstance(made, Clip):
             saved = made.save(command.output, on_step)
             run_s = time.monotonic() - started

@@ -23,7 +23,7 @@ from server.app import create_app
 from server.devices import DeviceSpec
 from server.services import Services
 from server.settings import PROJECT, Settings
-from tests import tiny
+from tests import tiny, tiny_lora
 
 GENERATE = "/api/image/fal/generate"
 CPU = DeviceSpec("cpu", "CPU", "cpu", 8 * 2**30, 6 * 2**30)
@@ -113,6 +113,17 @@ defaults = {defaults}
 weights = {{ source = "path", path = "{path}" }}
 """
 
+LORAS = """
+[models.flux-dev.loras.sketch]
+source = "path"
+path = "LORA"
+
+[models.flux-dev.loras.elsewhere]
+source = "hf"
+repo = "nobody/nothing"
+files = ["elsewhere.safetensors"]
+"""
+
 
 @dataclass
 class House:
@@ -174,10 +185,11 @@ def furnish(folder: Path) -> Settings:
         ),
     ):
         text += FLUX.format(kind=kind, workflows=workflows, defaults=defaults, path=weights / f"flux-{kind}")
+    text += LORAS.replace("LORA", str(tiny_lora.make_flux_lora(weights / "sketch.safetensors", seed=1)))
     toml = folder / "weights.toml"
     toml.write_text(text)
     settings = Settings(data=folder / "data", weights_toml=toml)
-    for model in Catalog.load(toml).models.values():
+    for model in Catalog.load(toml).with_loras.values():
         if model.weights and model.weights.kind == "path":
             pull(model, settings.weights)
     return settings

@@ -10,7 +10,7 @@ HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "spa
 PURE = {"jobs", "scheduler", "fairness", "turns", "simulation", "forecast", "placement", "vram", "protocol", "requests"}
 FAMILIES = {"flux", "wan", "ltx", "realesrgan", "rembg"}
 LOADING = FAMILIES | {"residency", "packing", "streaming", "link", "meter", "hostram", "embeddings", "casting"}
-LOADING |= {"loading", "faults", "tiles", "video"}
+LOADING |= {"loading", "lora", "faults", "tiles", "video"}
 """Imported inside the worker process only, so they may import torch at their top."""
 
 

@@ -39,13 +39,13 @@ def import_folder(
 def import_locked(folder: Path, root: Path, catalog: Catalog, only: Model | None, on_progress: OnProgress) -> list[str]:
     """Every model that both the other machine and this one's `weights.toml` know."""
     lock = Lock.read(folder)
-    names = [name for name in lock.models if name in catalog.models and (only is None or name == only.id)]
+    names = [name for name in lock.models if name in catalog.with_loras and (only is None or name == only.id)]
     if not names:
         raise NothingToPull(
             f"{folder / NAME} lists {', '.join(lock.models) or 'nothing'}, and nothing of it is wanted."
         )
     for name in names:
-        import_entry(folder, root, lock, catalog.models[name], on_progress)
+        import_entry(folder, root, lock, catalog.with_loras[name], on_progress)
     return names
 
 

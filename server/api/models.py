@@ -46,4 +46,8 @@ def model_json(served: Services, model: Model) -> dict[str, Any]:
         "aliases": list(model.aliases),
         "schema": BODIES[model.kind].model_json_schema(),
         "retired": retired,
+        "loras": [
+            {"id": name, "installed": served.shelf.installed.status(lora) == "installed"}
+            for name, lora in model.loras.items()
+        ],
     }

@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 
 def pull(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Ids or aliases.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Ids, aliases; MODEL+LORA.")] = None,
     starter: Annotated[bool, typer.Option("--starter", help="Also the small models that every server has.")] = False,
     accept_licence: AcceptLicence = False,
     offline: Offline = False,
@@ -52,7 +52,7 @@ def pull(
     """Fetch a model's weights, check them, and record them."""
     with told():
         catalog = Catalog.load(weights_toml)
-        wanted = [catalog.find(name) for name in [*(names or []), *(catalog.starter if starter else ())]]
+        wanted = [catalog.find_weights(name) for name in [*(names or []), *(catalog.starter if starter else ())]]
         if not wanted:
             raise typer.BadParameter("Name a model, or use --starter. What there is: plantain models")
         missing = [model for model in wanted if not installed(model, data / "weights")]
@@ -101,7 +101,7 @@ def import_(
             folder,
             data / "weights",
             catalog,
-            model=catalog.find(model) if model else None,
+            model=catalog.find_weights(model) if model else None,
             accept_licence=accept_licence,
             on_progress=on_progress,
         )
