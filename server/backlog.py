@@ -42,6 +42,7 @@ class Backlog:
             priority=job.priority,
             expected_s=self._expected_s(job),
             created_at=job.created_at,
+            group=group_of(job),
             job=job,
             weights=runnable.weights,
             loras=runnable.loras,
@@ -117,7 +118,9 @@ class Backlog:
     def promise(self, new: NewJob, runnable: Runnable, workers: Sequence[Worker], now: float) -> float | None:
         """When a job that comes now should start; it is measured how far this was off."""
         expected_s = self._expected_s(new)
-        job = Waiting(new.id, runnable.need, new.user_id, new.weight, expected_s=expected_s, created_at=now)
+        job = Waiting(
+            new.id, runnable.need, new.user_id, new.weight, expected_s=expected_s, created_at=now, group=group_of(new)
+        )
         return self.places(workers, now, job)[new.id].start_at
 
     def reason(self, queued: Queued, workers: Sequence[Worker], now: float) -> str:
@@ -151,3 +154,8 @@ def free_at(worker: Worker, now: float) -> float | None:
 def title(index: int, worker: Worker) -> str:
     """What a person calls the device."""
     return "the CPU" if worker.supervisor.device.torch_device == "cpu" else f"GPU {index}"
+
+
+def group_of(job: Job | NewJob) -> str:
+    """Equal for jobs of one model, workflow and amount of work."""
+    return f"{job.model} {job.workflow} {work_of(shape_of(job.params, job.pixels))}"

@@ -16,7 +16,10 @@ __all__ = ["Action", "Device", "Evict", "Policy", "Refuse", "Start", "Waiting", 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A queued job. A plan reads a sequence of them, oldest first. `priority` is 0 unless an admin said otherwise."""
+    """A queued job. A plan reads a sequence of them, oldest first. `priority` is 0 unless an admin said otherwise.
+
+    Jobs of one `group` are alike to their user, who expects them in order, whatever was learned between their submits.
+    """
 
     job_id: str
     need: Need
@@ -25,6 +28,7 @@ class Waiting:
     priority: int = 0
     expected_s: float = 1.0
     created_at: float = 0.0
+    group: str = ""
 
     @cached_property
     def kind(self) -> str:
@@ -33,8 +37,8 @@ class Waiting:
 
     @cached_property
     def line(self) -> str:
-        """Jobs of one line are taken one after the other: one user's, of one kind and priority."""
-        return sys.intern(f"{self.priority} {self.user_id} {self.kind}")
+        """Jobs of one line are taken one after the other: one user's, of one group (else kind) and priority."""
+        return sys.intern(f"{self.priority} {self.user_id} {self.group or self.kind}")
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,8 @@ class Queue:
         self.spent_s = {user_id: shares.spent(user_id) for user_id in self.oldest}
         self.has_priorities = any(job.priority for job in heads)
         self.least: dict[str, Waiting | None] = {}
-        idle = [device for device in devices if device.idle]
-        self.options = {kind: options(next(iter(line.values())).need, idle) for kind, line in self.heads.items()}
+        self.idle = [device for device in devices if device.idle]
+        self.options = {kind: options(next(iter(line.values())).need, self.idle) for kind, line in self.heads.items()}
         long = [device for device in devices if not device.idle and device.runs_s > policy.long_s]
         self.open_to_long = max(1, len(devices) // 2) - len(long)
 
@@ -179,19 +183,27 @@ class Queue:
 
     def take(self, job: Waiting, device: Device) -> None:
         """The job has started: the device is busy, the next of the line comes forward, its user has had more."""
+        self.idle = [other for other in self.idle if other is not device]
         for kind, found in self.options.items():
             self.options[kind] = [option for option in found if option[1] is not device]
         self.spent_s[job.user_id] += job.expected_s / job.weight
         self.open_to_long -= job.expected_s > self.policy.long_s
         self.least = {kind: other for kind, other in self.least.items() if other and other.user_id != job.user_id}
-        index = self.lines.index(job.line)
-        self.lines[index] = ""
-        try:
-            self.heads[job.kind][job.line] = self.waiting[self.lines.index(job.line, index)]
-        except ValueError:
-            del self.heads[job.kind][job.line]
+        self.come_forward(job)
         if self.oldest.get(job.user_id) is job:
             del self.oldest[job.user_id]  # the user's turn has come; the next job's time starts now
+
+    def come_forward(self, job: Waiting) -> None:
+        """The next of the line that `job` was the head of; more may have been learned of it than of `job`."""
+        index = self.lines.index(job.line)
+        self.lines[index] = ""
+        del self.heads[job.kind][job.line]
+        if job.line in self.lines[index:]:
+            following = self.waiting[self.lines.index(job.line, index)]
+            self.heads[following.kind][following.line] = following
+            self.least.pop(following.kind, None)
+            if following.kind not in self.options:
+                self.options[following.kind] = options(following.need, self.idle)
 
 
 def first_of_each(jobs: Iterable[Waiting], names: Sequence[str]) -> dict[str, Waiting]:

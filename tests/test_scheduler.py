@@ -114,3 +114,11 @@ def test_whatever_waits_the_plan_keeps_its_promises(jobs: list[Waiting], boxes: 
     for box in boxes:
         if box.idle and box.id not in taken:
             assert all(job.need.total_bytes > box.budget_bytes for job in unstarted), "no device idles for nothing"
+
+
+def test_a_users_like_jobs_go_in_order_whatever_was_learned_between_their_submits():
+    """The older one was submitted when such jobs were thought to take longer, and more memory."""
+    older = Waiting("j1", need("a", working=6), "ada", expected_s=0.42, group="flux")
+    newer = Waiting("j2", need("a", working=5), "ada", expected_s=0.40, group="flux")
+    assert plan([older, newer], [device("gpu0")], now=99.0) == [Start("j1", "gpu0")]
+    assert plan([older, newer], [device("gpu0"), device("gpu1")]) == [Start("j1", "gpu0"), Start("j2", "gpu1")]
