@@ -77,7 +77,10 @@ class Inputs:
 
 
 class Intake:
-    """Nothing is charged, and nothing stays on disk, of a request that is refused."""
+    """Nothing is charged, and nothing stays on disk, of a request that is refused.
+
+    Of one that breaks off, what belongs to no job is swept at the next start.
+    """
 
     def __init__(
         self, shelf: Shelf, media: Media, clips: Clips, files: Files, dispatcher: Dispatcher, desk: Desk, route: Route
@@ -110,7 +113,7 @@ class Intake:
                 if not may_overflow(model, order.workflow, chosen, self.desk):
                     raise
                 return await self._submit_remote(order, inputs)
-        except BaseException:
+        except Exception:  # but not a call that breaks off: its job may be in the queue already, and needs them
             self._discard(inputs)
             raise
 

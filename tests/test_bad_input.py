@@ -31,7 +31,9 @@ CASES: dict[str, tuple[str, Any, int, str, str]] = {
     "no prompt": (GENERATE, {"model": "flux-dev"}, 400, "VALIDATION_ERROR", "prompt: Field required"),
     "empty prompt": (GENERATE, generate(prompt=""), 400, "VALIDATION_ERROR", "prompt"),
     "blank prompt": (GENERATE, generate(prompt="  "), 400, "VALIDATION_ERROR", "prompt"),
-    "prompt a number": (GENERATE, generate(prompt=5), 400, "VALIDATION_ERROR", "prompt: Input should be a valid str"),
+    "prompt a number": (
+        GENERATE, generate(prompt=5), 400, "VALIDATION_ERROR", "prompt: Input should be a valid string",
+    ),
     "seed a string": (GENERATE, generate(seed="7"), 400, "VALIDATION_ERROR", "seed: Input should be a valid integer"),
     "seed too large": (GENERATE, generate(seed=2**32), 400, "VALIDATION_ERROR", "seed"),
     "body a list": (GENERATE, [], 400, "VALIDATION_ERROR", "body"),
