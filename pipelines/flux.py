@@ -49,7 +49,7 @@ class Flux:
         self._noise_scheduler = load_small(folder, "scheduler")
         # schnell, the model without guidance embeddings, was distilled on 256 tokens; the others take 512.
         guided = read_json(folder / "transformer" / "config.json")["guidance_embeds"]
-        self._max_tokens = 512 if guided else 256
+        self._max_tokens = min(512 if guided else 256, self._tokenizer_2.model_max_length)
 
     def generate(self, params: TextToImage, on_step: OnStep) -> Image.Image:
         """One RGB picture of exactly `params.width` x `params.height`.

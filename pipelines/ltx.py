@@ -22,6 +22,8 @@ from pipelines.tiling import tiled
 from pipelines.video import Frame, first_frames, last_frames, open_covering
 
 MAX_TOKENS = 256
+PUBLISHED_LIMIT = 128
+"""What the makers' tokenizers say, although they trained on 256 (Lightricks/LTX-Video-Trainer, issue 26)."""
 FRAMES_PER_LATENT = 8
 SIZE_MULTIPLE = 32
 TRAINED_FRAMES = 257
@@ -56,6 +58,8 @@ class Ltx:
         self._residency = residency
         self._tokenizer = load_small(folder, "tokenizer")
         self._tokenizer_key = tokenizer_key(folder / "tokenizer")
+        limit = self._tokenizer.model_max_length
+        self._max_tokens = limit if limit < PUBLISHED_LIMIT else MAX_TOKENS
         self._noise_scheduler = load_small(folder, "scheduler")
 
     def generate(self, params: TextToVideo, on_step: OnStep) -> Clip:
@@ -87,13 +91,13 @@ class Ltx:
         return inputs
 
     def _embeds(self, text: str) -> tuple[torch.Tensor | None, ...]:
-        """T5's (1, 256, width), and which tokens count. Of a text that was encoded before, without the encoder."""
+        """T5's (1, tokens, width), and which tokens count. Of a text that was encoded before, without the encoder."""
 
         def encode() -> tuple[torch.Tensor | None, ...]:
             pipe = self._pipe("text_encoder")
-            return pipe.encode_prompt(text, None, False, max_sequence_length=MAX_TOKENS)[:2]
+            return pipe.encode_prompt(text, None, False, max_sequence_length=self._max_tokens)[:2]
 
-        key = (self._weights.component("text_encoder").key, self._tokenizer_key, text, MAX_TOKENS)
+        key = (self._weights.component("text_encoder").key, self._tokenizer_key, text, self._max_tokens)
         return self._residency.embeddings.get(key, self._residency.device, encode)
 
     def _denoise(

@@ -40,6 +40,7 @@ class Wan:
         self._pipeline, self._denoisers = ARCHITECTURES[self._architecture]
         self._tokenizer = load_small(folder, "tokenizer")
         self._tokenizer_key = tokenizer_key(folder / "tokenizer")
+        self._max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length)
         self._noise_scheduler = load_small(folder, "scheduler")
         self._image_processor = load_small(folder, "image_processor") if "image_encoder" in self._denoisers else None
         # Only the variant for first and last frames has positions for the tokens of two pictures.
@@ -80,13 +81,13 @@ class Wan:
         return embeds
 
     def _embeds(self, params: TextToVideo, text: str) -> torch.Tensor | None:
-        """UMT5's (1, 512, width). Of a text that was encoded before, without the encoder."""
+        """UMT5's (1, tokens, width). Of a text that was encoded before, without the encoder."""
 
         def encode() -> tuple[torch.Tensor | None]:
             pipe = self._pipe(WanPipeline, params, "text_encoder")
-            return (pipe.encode_prompt(text, None, False, max_sequence_length=MAX_TOKENS)[0],)
+            return (pipe.encode_prompt(text, None, False, max_sequence_length=self._max_tokens)[0],)
 
-        key = (self._weights.component("text_encoder").key, self._tokenizer_key, text, MAX_TOKENS)
+        key = (self._weights.component("text_encoder").key, self._tokenizer_key, text, self._max_tokens)
         return self._residency.embeddings.get(key, self._residency.device, encode)[0]
 
     def _denoise(

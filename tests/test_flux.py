@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 from pipelines import flux
 from pipelines.base import BadOutput, Component, InvalidInput, JobCancelled, UnusableWeights
 from pipelines.flux import Flux
-from pipelines.loading import load_component
+from pipelines.loading import load_component, load_small
 from pipelines.params import ImageToImage, TextToImage
 from pipelines.residency import ALIGNMENT_BYTES, Residency
 from tests import tiny
@@ -134,6 +134,15 @@ def test_schnell_takes_256_tokens_the_others_512(build, root: Path, residency: R
     encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     build(model).generate(text("red circle on a blue background " * 200), ignore)
     assert seen == [(1, tokens)]
+
+
+def test_a_tokenizer_of_fewer_tokens_is_not_filled_up_beyond_them(root: Path, tmp_path: Path, residency: Residency):
+    folder = shutil.copytree(root / "flux-dev", tmp_path / "flux-dev")
+    tokenizer = load_small(folder, "tokenizer_2")
+    tokenizer.model_max_length = 24
+    tokenizer.save_pretrained(folder / "tokenizer_2")
+    picture = flux.build(tiny.weights_of(folder), residency).generate(text(), ignore)
+    assert picture == own(FluxPipeline, folder, max_sequence_length=24)
 
 
 def test_any_prompt_is_a_prompt(build):

@@ -1,5 +1,6 @@
 """LTX Video through the real loaders and the real diffusers classes, on tiny weights."""
 
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from pipelines import ltx
 from pipelines.base import BadOutput, InvalidInput, JobCancelled, UnusableWeights, Way
-from pipelines.loading import load_component
+from pipelines.loading import load_component, load_small
 from pipelines.ltx import Ltx
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
 from pipelines.residency import Residency
@@ -181,6 +182,28 @@ def test_a_long_clip_is_decoded_in_pieces(model: Ltx, residency: Residency, monk
 
 
 # What goes in
+
+
+@pytest.mark.parametrize(("limit", "tokens"), [(512, 256), (128, 256), (24, 24)])
+def test_prompts_are_filled_up_to_256_tokens_or_to_fewer_that_the_tokenizer_takes(
+    folder: Path, tmp_path: Path, residency: Residency, limit: int, tokens: int
+):
+    """128 is what the makers' own tokenizer says."""
+    copy = shutil.copytree(folder, tmp_path / "ltx")
+    tokenizer = load_small(copy, "tokenizer")
+    tokenizer.model_max_length = limit
+    tokenizer.save_pretrained(copy / "tokenizer")
+    weights = video_weights_of(copy)
+    seen = tokens_seen(residency.hold(weights.component("text_encoder"), load_component))
+    ltx.build(weights, residency).generate(text(num_frames=1, guidance_scale=1.0), ignore)
+    assert seen == [(1, tokens)]
+
+
+def tokens_seen(encoder: torch.nn.Module) -> list[tuple[int, int]]:
+    """Filled with the shape of each input from now on."""
+    seen: list[tuple[int, int]] = []
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    return seen
 
 
 @pytest.mark.parametrize(("added", "seen"), [(8, 17), (240, 17), (248, 9), (256, 1)])

@@ -1,5 +1,6 @@
 """Wan through the real loaders and the real diffusers classes, on tiny weights of each variant."""
 
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from pipelines import wan, wan_starts
 from pipelines.base import BadOutput, Component, InvalidInput, JobCancelled, UnusableWeights, Way
-from pipelines.loading import load_component
+from pipelines.loading import load_component, load_small
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
 from pipelines.residency import Residency
 from pipelines.wan import Wan
@@ -182,6 +183,27 @@ def own(pipeline: Any, folder: Path, **inputs: Any) -> np.ndarray:
 
 
 # What goes in
+
+
+@pytest.mark.parametrize(("limit", "tokens"), [(10**30, 512), (512, 512), (24, 24)])
+def test_prompts_are_filled_up_to_512_tokens_or_to_fewer_that_the_tokenizer_takes(
+    root: Path, tmp_path: Path, residency: Residency, limit: int, tokens: int
+):
+    folder = shutil.copytree(root / "t2v", tmp_path / "t2v")
+    tokenizer = load_small(folder, "tokenizer")
+    tokenizer.model_max_length = limit
+    tokenizer.save_pretrained(folder / "tokenizer")
+    weights = video_weights_of(folder)
+    seen = tokens_seen(residency.hold(weights.component("text_encoder"), load_component))
+    wan.build(weights, residency).generate(text(num_frames=1, guidance_scale=1.0), ignore)
+    assert seen == [(1, tokens)]
+
+
+def tokens_seen(encoder: torch.nn.Module) -> list[tuple[int, int]]:
+    """Filled with the shape of each input from now on."""
+    seen: list[tuple[int, int]] = []
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    return seen
 
 
 def test_extending_from_the_last_frame_alone(build, footage: Path):
