@@ -89,6 +89,11 @@ class Residency:
         self.meter.restart()
         return resident.loaded
 
+    def rest(self) -> None:
+        """The run is over: what the allocator keeps for the next one goes back, so that the driver tells of others."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     # What is there
 
     def evict(self, key: str) -> None:

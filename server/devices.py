@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pynvml
@@ -22,6 +24,7 @@ class DeviceSpec:
     """One GPU, known by UUID, or the CPU. The budget is what is left of `total_bytes` after the reserve.
 
     `host_budget_bytes` is what its worker's copies of weights in host memory may take; None: the host is the device.
+    `margin_bytes` of the reserve is for others: as much as the driver calls free is left free.
     """
 
     id: str
@@ -30,6 +33,7 @@ class DeviceSpec:
     total_bytes: int
     budget_bytes: int
     host_budget_bytes: int | None = None
+    margin_bytes: int = 0
 
 
 def inventory(limit_bytes: int | None = None) -> list[DeviceSpec]:
@@ -40,6 +44,23 @@ def inventory(limit_bytes: int | None = None) -> list[DeviceSpec]:
     if limit_bytes is None:
         return devices
     return [replace(each, budget_bytes=min(limit_bytes, each.budget_bytes)) for each in devices]
+
+
+def free_bytes(devices: Iterable[DeviceSpec]) -> dict[str, int]:
+    """What the driver calls free now, by GPU, whoever has the rest. One that cannot be asked is left out."""
+    found = {}
+    for device in devices:
+        with suppress(pynvml.NVMLError):
+            _open_driver()
+            handle = pynvml.nvmlDeviceGetHandleByUUID(device.id)
+            found[device.id] = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+    return found
+
+
+@cache
+def _open_driver() -> None:
+    """Once: it can take seconds."""
+    pynvml.nvmlInit()
 
 
 def environment(device: DeviceSpec) -> dict[str, str]:
@@ -63,9 +84,10 @@ def _gpus() -> Iterator[DeviceSpec]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             total_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-            reserve_bytes = CUDA_CONTEXT_BYTES + max(512 * 2**20, total_bytes * 3 // 100)
+            margin_bytes = max(512 * 2**20, total_bytes * 3 // 100)
+            reserve_bytes = CUDA_CONTEXT_BYTES + margin_bytes
             uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
-            yield DeviceSpec(uuid, name, "cuda", total_bytes, total_bytes - reserve_bytes)
+            yield DeviceSpec(uuid, name, "cuda", total_bytes, total_bytes - reserve_bytes, margin_bytes=margin_bytes)
     finally:
         pynvml.nvmlShutdown()
 

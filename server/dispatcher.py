@@ -10,7 +10,7 @@ from typing import Any
 
 from server import protocol, scheduler
 from server.backlog import Backlog
-from server.devices import DeviceSpec
+from server.devices import DeviceSpec, free_bytes
 from server.door import Door, stopping
 from server.errors import InternalError, PlantainError
 from server.floor import Floor
@@ -24,6 +24,7 @@ from server.remote.news import hear
 from server.roster import (
     CancelAsked,
     DeskSaid,
+    DriverSaid,
     HaltAsked,
     Message,
     PriorityAsked,
@@ -35,11 +36,13 @@ from server.roster import (
     Worker,
     WorkerSaid,
 )
+from server.rungs import Forced, read_forced
 from server.scribe import Scribe
 from server.shelf import Shelf
 from server.store import Store, error_of
 from server.supervisor import OnEvent, Supervisor
 from server.timings import read_timings
+from server.vram import shape_of
 from server.watchers import Watchers
 
 log = logging.getLogger("plantain.dispatcher")
@@ -48,6 +51,8 @@ Spawn = Callable[[DeviceSpec, Sequence[str], OnEvent], Supervisor]
 
 STOP_PATIENCE_S = 5.0
 TICK_S = 1.0
+REMEMBERED_S = 7 * 86_400.0
+"""How long it counts, over restarts, that jobs ran out of memory: what else was on the device may be gone."""
 
 
 class Dispatcher:
@@ -78,7 +83,16 @@ class Dispatcher:
         self.memory = Memory(store, devices)
         shelf.peaks = self.memory.peaks
         families = shelf.families()
-        self.floor = Floor(self.scribe, files, self.backlog, self.memory, self.watchers, clock, self._respawn_later)
+        self.floor = Floor(
+            self.scribe,
+            files,
+            self.backlog,
+            self.memory,
+            self.watchers,
+            clock,
+            self._respawn_later,
+            desk.start if desk and desk.connected else None,
+        )
         self.workers = self.floor.workers
         self.door = Door(self.floor, desk, self.inbox, clock, max_queued, max_queued_each)
         self.submit, self.submit_remote = self.door.submit, self.door.submit_remote
@@ -87,6 +101,7 @@ class Dispatcher:
             worker.halted = device.id in self.backlog.halted
             self.workers[device.id] = worker
         self._ticking: asyncio.TimerHandle | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._loop: asyncio.Task[None] | None = None
         self.fallen: str | None = None
 
@@ -94,6 +109,8 @@ class Dispatcher:
 
     async def start(self) -> None:
         """Take up the queue where the last server left it, start the workers and the run loop."""
+        for forced in await self.store.call(read_forced, self.store.db, self.clock() - REMEMBERED_S):
+            self._recall(await self.store.call(self.store.job, forced.job_id), forced)
         for job in await self.store.call(self.store.recover, self.clock()):
             await self._take_up(job)
         for job in await self.store.call(self.store.recover_remote, self.clock()):
@@ -101,6 +118,7 @@ class Dispatcher:
         for worker in self.workers.values():
             worker.supervisor.start()
         self._tick()
+        self._asking = asyncio.create_task(self._ask_driver(), name="driver")
         self._loop = asyncio.create_task(self._run(), name="dispatcher")
         self._loop.add_done_callback(self._fell)
 
@@ -119,8 +137,9 @@ class Dispatcher:
             await self.desk.stop()  # while the loop still writes down what is on its way to fal
         if self._ticking:
             self._ticking.cancel()
-        if self._loop:
-            self._loop.cancel()
+        for task in (self._asking, self._loop):
+            if task:
+                task.cancel()
         for worker in self.workers.values():
             if worker.runs:
                 await self.store.call(self.store.requeue, worker.runs.job_id, self.clock(), count_attempt=False)
@@ -233,6 +252,8 @@ class Dispatcher:
                 heard.set_result(None)
             case Tick():
                 self.floor.kill_the_hung()
+            case DriverSaid(free_bytes):
+                await self.floor.hear_driver(free_bytes)
             case WorkerSaid(device, event):
                 await self.floor.hear(self.workers[device], event)
             case RespawnDue(device):
@@ -271,6 +292,13 @@ class Dispatcher:
         self.inbox.put_nowait(Tick())
         self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
+    async def _ask_driver(self) -> None:
+        """Where there are GPUs: what the driver calls free comes as a message, so that a plan asks nobody."""
+        specs = [worker.supervisor.device for worker in self.workers.values()]
+        while gpus := [spec for spec in specs if spec.torch_device.startswith("cuda")]:
+            self.inbox.put_nowait(DriverSaid(await asyncio.to_thread(free_bytes, gpus)))
+            await asyncio.sleep(TICK_S)
+
     async def _take_up(self, job: Job) -> None:
         try:
             runnable = self.shelf.runnable(job.model, job.pixels, job.params)
@@ -278,6 +306,14 @@ class Dispatcher:
             await self.store.call(self.store.fail, job.id, error_of(gone), self.clock())
         else:
             self.backlog.add(self.backlog.queued(job, runnable))
+
+    def _recall(self, job: Job, forced: Forced) -> None:
+        try:
+            need = self.shelf.runnable(job.model, job.pixels, job.params).need
+        except PlantainError:
+            return  # the model is not here any more
+        shape = shape_of(job.params, job.pixels)
+        self.memory.recall(job.model, need, forced.way, shape, forced.budget_bytes)
 
     def _fell(self, loop: asyncio.Task[None]) -> None:
         """A bug, since nothing else ends the loop: say so to whoever asks, and take the queue up at the next start."""

@@ -1,7 +1,7 @@
 """The workers, and what becomes of the jobs that they run. The dispatcher's: it tells what to do and what was said."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,10 @@ LONGEST_RESPAWN_DELAY_S = 30.0
 
 
 class Floor:
-    """`respawn` is asked to start a device's worker again, after so many seconds."""
+    """`respawn` is asked to start a device's worker again, after so many seconds.
+
+    `send_to_fal` starts a job's way through fal; None where nothing can be sent there.
+    """
 
     def __init__(
         self,
@@ -37,10 +40,11 @@ class Floor:
         watchers: Watchers,
         clock: Callable[[], float],
         respawn: Callable[[str, float], None],
+        send_to_fal: Callable[[Job], None] | None = None,
     ) -> None:
         self.scribe, self.files, self.backlog, self.memory, self.watchers = scribe, files, backlog, memory, watchers
         self.store, self.write = scribe.store, scribe.write
-        self.clock, self.respawn = clock, respawn
+        self.clock, self.respawn, self.send_to_fal = clock, respawn, send_to_fal
         self.workers: dict[str, Worker] = {}
         self.progress: dict[str, protocol.Progress] = {}
 
@@ -61,14 +65,14 @@ class Floor:
     async def hear(self, worker: Worker, event: protocol.Event) -> None:
         match event:
             case protocol.Ready(link_bytes_per_s):
-                worker.status = "idle"
+                worker.status, worker.settled = "idle", True
                 worker.link_bytes_per_s = link_bytes_per_s or worker.link_bytes_per_s
                 await self._show(worker, ())
             case protocol.Progress(job_id):
                 worker.status, worker.sign_at = "running", self.clock()
                 self.progress[job_id] = event
             case protocol.Resident(components, held):
-                worker.resident = components
+                worker.resident, worker.settled = components, worker.status == "idle"
                 await self._show(worker, held)
             case protocol.Died(exit_code):
                 await self._mourn(worker, exit_code)
@@ -93,10 +97,14 @@ class Floor:
                 case Start(job_id, device):
                     await self._start(self.backlog.start(job_id, self.clock()), self.workers[device])
                 case Refuse(job_id):
-                    dropped = self.backlog.drop(job_id)
-                    refusal = scheduler.refusal(dropped.need, self.devices) if dropped else ""
-                    error = error_of(DoesNotFit(f"The job {refusal}."))
-                    self.done(await self.write(self.store.fail, job_id, error, self.clock()))
+                    await self._refuse(job_id)
+
+    async def hear_driver(self, free_bytes: Mapping[str, int]) -> None:
+        """What other programs took of the devices bounds what is planned from now on."""
+        for worker in self.workers.values():
+            if worker.id in free_bytes:
+                worker.hear_driver(free_bytes[worker.id], self.clock())
+                await self._show(worker, self.memory.held.get(worker.id, ()))
 
     def kill_the_hung(self) -> None:
         """A worker whose job shows no sign of progress is killed; the rest follows from its death."""
@@ -111,6 +119,7 @@ class Floor:
         """A running job stops at its next step."""
         for worker in self.workers.values():
             if worker.runs and worker.runs.job_id == job_id:
+                worker.cancelling = True
                 worker.supervisor.send(protocol.Cancel(job_id))
 
     def done(self, job: Job | None) -> None:
@@ -126,7 +135,7 @@ class Floor:
             return
         expect(worker, queued, self.clock())
         way = self.memory.orders(job.id, queued.need, worker.view)
-        worker.status, worker.runs = "loading", queued
+        worker.status, worker.runs, worker.cancelling, worker.settled = "loading", queued, False, False
         worker.forget(queued.need.keys)
         worker.resident += queued.need.components
         output = self.files.path(job.output_name)
@@ -143,20 +152,57 @@ class Floor:
             )
         )
 
+    async def _refuse(self, job_id: str) -> None:
+        """What was learned of memory since its submit: no device could hold it. It runs at fal, or fails."""
+        dropped = self.backlog.drop(job_id)
+        if dropped and await self._hand_over(dropped.job):
+            return
+        refusal = scheduler.refusal(dropped.need, self.devices) if dropped else ""
+        error = error_of(DoesNotFit(f"The job {refusal}."))
+        self.done(await self.write(self.store.fail, job_id, error, self.clock()))
+
     async def _fail(self, worker: Worker, job_id: str, code: str, message: str) -> None:
-        """A job that ran out of memory is tried in another way or place, as long as there is one."""
-        if code == "OUT_OF_MEMORY" and worker.runs and (need := await self._next_try(worker, worker.runs)):
-            worker.resident = ()
-            await self._run_again(worker, need)
-            worker.status = "idle"
+        """A job that ran out of memory is tried in another way or place, as long as there is one; fal is the last."""
+        if code == "OUT_OF_MEMORY" and worker.runs and await self._goes_on(worker, worker.runs):
             return
         if tried := self.memory.tried(job_id):
             message = f"{message} Tried: {'; '.join(tried)}."
         await self._end(worker, self.store.fail, job_id, {"error": message, "code": code}, self.clock())
 
+    async def _goes_on(self, worker: Worker, ran: Queued) -> bool:
+        """False if nothing is left for a job that ran out of memory. One that was cancelled meanwhile ends so."""
+        worker.resident = ()
+        if worker.cancelling:
+            await self._end(worker, self.store.cancel, ran.job_id, self.clock())
+        elif need := await self._next_try(worker, ran):
+            await self._run_again(worker, need)
+            worker.status = "idle"
+        elif await self._hand_over(ran.job):
+            self._leave(worker)
+        else:
+            return False
+        return True
+
     async def _next_try(self, worker: Worker, queued: Queued) -> Need | None:
         now, job, at = self.clock(), queued.job, worker.view
-        return await self.write(self.memory.ran_out, job.id, job.model, queued.need, at, self.devices, now)
+        return await self.write(
+            self.memory.ran_out, job, queued.need, at, self.devices, now, then_fal=self._way_to_fal(job) is not None
+        )
+
+    def _way_to_fal(self, job: Job) -> Callable[[Job], None] | None:
+        return self.send_to_fal if job.overflow else None
+
+    async def _hand_over(self, job: Job) -> bool:
+        """To fal, if it may. A server that dies after it is written down and before it is sent sends it then."""
+        send = self._way_to_fal(job)
+        remote = await self.write(self.store.hand_over, job.id) if send else None
+        if send is None or remote is None:
+            return False
+        log.warning("job %s goes to fal.ai: no device here holds it", job.id)
+        self.progress.pop(job.id, None)
+        self.memory.forget(job.id)
+        send(remote)
+        return True
 
     async def _learn(self, worker: Worker, peaks: Sequence[Peak]) -> None:
         """What the run took, for the jobs to come."""
@@ -204,10 +250,14 @@ class Floor:
 
     async def _end(self, worker: Worker, write: Callable[..., Job | None], *values: Any) -> None:
         job = await self.write(write, *values)
+        self._leave(worker)
+        self.done(job)
+
+    def _leave(self, worker: Worker) -> None:
+        """The worker's job is its own no more."""
         if worker.runs:
             self.backlog.ended(worker.runs, max(0.0, self.clock() - worker.started_at))
         worker.status, worker.runs, worker.deaths = "idle", None, 0
-        self.done(job)
 
 
 def expect(worker: Worker, queued: Queued, now: float) -> None:

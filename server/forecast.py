@@ -69,7 +69,12 @@ def behind(
 def reason(need: Need, place: Place, devices: Iterable[Device], titles: Mapping[str, str], now: float) -> str:
     """Why a queued job does not run yet, for a person."""
     wanted = f"needs {need.total_bytes / GIB:.1f} GiB"
+    devices = list(devices)
     fitting = [device for device in devices if able(need, device)]
+    taken = [device for device in devices if able(need, device.alone)]
+    if taken and not fitting:
+        told = [f"{device.others_bytes / GIB:.1f} GiB of {titles[device.id]}" for device in taken]
+        return f"{wanted}; other programs have {' and '.join(told)}"
     if not fitting:
         return f"{wanted}; no running device has as much"
     if any(device.idle for device in fitting):

@@ -11,7 +11,7 @@ from pipelines.video import VideoInfo
 from server.accounts import Caller
 from server.clips import Clips, StoredClip
 from server.dispatcher import Dispatcher
-from server.errors import DoesNotFit, InvalidBody
+from server.errors import DoesNotFit, InvalidBody, PlantainError
 from server.jobs import Claim, Job, NewJob
 from server.media import Media, StoredImage
 from server.outputs import Files
@@ -108,7 +108,7 @@ class Intake:
             if place == "fal":
                 return await self._submit_remote(order, inputs)
             try:
-                return await self._submit(order, inputs)
+                return await self._submit(order, inputs, chosen)
             except DoesNotFit:
                 if not may_overflow(model, order.workflow, chosen, self.desk):
                     raise
@@ -140,7 +140,7 @@ class Intake:
         if "audio_url" in given:
             inputs.audio = await self.clips.take("audio", given["audio_url"], own_bases)
 
-    async def _submit(self, order: Order, inputs: Inputs) -> Accepted:
+    async def _submit(self, order: Order, inputs: Inputs, route: Route) -> Accepted:
         here = self.shelf.chosen(order.model, order.workflow, order.body.given.get("resolution"))
         resolved = resolve(here, order.workflow, order.body, inputs.images, inputs.footage)
         params = resolved.params.model_dump(mode="json", by_alias=True)
@@ -149,10 +149,21 @@ class Intake:
             model=here.id,
             pixels=resolved.pixels,
             credits=price_of(order.model, {**params, **resolved.priced}),
+            overflow=self._overflow(order, inputs, route),
         )
         runnable = self.shelf.runnable(here.id, resolved.pixels, params)
         job, balance = await self.dispatcher.submit(new, runnable)
         return Accepted(job, balance, resolved.ignored)
+
+    def _overflow(self, order: Order, inputs: Inputs, route: Route) -> dict[str, Any] | None:
+        """How the job would run at fal, if memory runs out here; None where it may not, or fal cannot do it."""
+        if not may_overflow(order.model, order.workflow, route, self.desk):
+            return None
+        try:
+            call = mapping.resolve(self.shelf.catalog, order.model, order.workflow, order.body, inputs.for_fal())
+        except PlantainError:
+            return None
+        return {"endpoint": call.endpoint.id, "params": dict(call.params)}
 
     async def _submit_remote(self, order: Order, inputs: Inputs) -> Accepted:
         """The output's suffix is a guess, put right when the output is there."""

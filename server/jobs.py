@@ -25,7 +25,8 @@ class NewJob:
     """A checked request: nothing about it is left to choose. `params` are camelCase JSON; images are file names.
 
     `at_once` is how many unfinished jobs the user may have with this one; `tops_up` grants what the balance lacks;
-    `weight` is the user's share of busy devices.
+    `weight` is the user's share of busy devices. `overflow` is how the job may run at fal if no device here holds it,
+    `{"endpoint": …, "params": …}`; None where it may not.
     """
 
     id: str
@@ -44,6 +45,7 @@ class NewJob:
     claim: Claim | None = None
     ignored: tuple[str, ...] = ()
     remote_endpoint: str | None = None
+    overflow: Mapping[str, Any] | None = None
     weight: float = 1.0
 
 
@@ -75,6 +77,7 @@ class Job:
     priority: int = 0
     weight: float = 1.0
     promised_start_at: float | None = None
+    overflow: Mapping[str, Any] | None = None
 
     @property
     def is_final(self) -> bool:

@@ -25,7 +25,7 @@ def next_rung(tried: Sequence[Rung], need: Need, devices: Sequence[Device]) -> R
     1. The same way once more: all else on the device was freed meanwhile, and another program may have been too.
     2. Then, on the same device, tiled decoding; 3. staged; 4. streamed; as far as the model can be run so.
     5. Then another device that could hold the job, in the way it would choose, and down from there again.
-    6. None: it cannot be run here. It may run at fal, where that is allowed; else it is failed and refunded.
+    6. None: it cannot be run here. It runs at fal, where that is allowed; else it is failed and refunded.
     """
     here = [rung.way for rung in tried if rung.device == tried[-1].device]
     if len(here) == 1:

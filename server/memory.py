@@ -8,6 +8,7 @@ from typing import Any
 from pipelines.base import Held, Peak, Way
 from server.clock import iso
 from server.devices import DeviceSpec
+from server.jobs import Job
 from server.ladder import Rung, bound, next_rung
 from server.peaks import Measured, Peaks, read_peaks, record_peaks
 from server.placement import Device, orders
@@ -76,24 +77,31 @@ class Memory:
             return record_peaks(db, model, way, shape, self.peaks.device_kind, raised, now)
 
     def ran_out(
-        self, job_id: str, model: str, need: Need, at: Device, devices: Sequence[Device], now: float
+        self, job: Job, need: Need, at: Device, devices: Sequence[Device], now: float, then_fal: bool
     ) -> Need | None:
-        """The need for the next try, None if there is none. Writes the rung down."""
-        tries = self._tries.get(job_id) or Tries(need)
-        tries = Tries(tries.need, (*tries.failed, Rung(at.id, self._plain_way(job_id))))
+        """The need for the next try, None if there is none here; `then_fal`: then it goes there. Writes it down."""
+        tries = self._tries.get(job.id) or Tries(need)
+        failed = Rung(at.id, self._plain_way(job.id))
+        tries = Tries(tries.need, (*tries.failed, failed))
         following = next_rung(tries.failed, tries.need, devices)
+        budget_bytes = at.budget_bytes
         with self.store.atomic() as db:
-            record_rung(db, job_id, model, tries.failed[-1], following, now)
-        self._tries[job_id] = tries
+            record_rung(db, job.id, job.model, failed, following, now, budget_bytes=budget_bytes, then_fal=then_fal)
+        self._tries[job.id] = tries
         return bound(tries.need, following) if following else None
 
     def demote(self, job_id: str, model: str, shape: Shape, at: Device) -> None:
-        """A job succeeded in another way than it began in: until the server ends, others like it begin there too."""
+        """A job succeeded in another way than it began in: others like it begin there too."""
         tries = self._tries.get(job_id)
         failed = {rung.way for rung in tries.failed if rung.device == at.id} if tries else set()
         for way in failed - {self._plain_way(job_id)}:
             if tries and tries.need.phases:
                 self.peaks.add(self._too_much(model, tries.need, way, shape, at.budget_bytes))
+
+    def recall(self, model: str, need: Need, way: Way, shape: Shape, budget_bytes: int) -> None:
+        """What `demote` learned from a job like this, on a device with this budget, before the server was restarted."""
+        if need.phases:
+            self.peaks.add(self._too_much(model, need, way, shape, budget_bytes))
 
     def _too_much(self, model: str, need: Need, way: Way, shape: Shape, budget_bytes: int) -> Measured:
         """A peak with which the way just does not fit into the budget."""
@@ -135,6 +143,7 @@ class Memory:
             "runs": runs and {"jobId": runs, "way": way.name if way else None},
             "totalBytes": spec.total_bytes,
             "budgetBytes": spec.budget_bytes,
+            "othersBytes": view.others_bytes,
             "residentBytes": sum(size for _, size in view.resident),
             "hostBudgetBytes": spec.host_budget_bytes,
             "hostBytes": sum(each.host_bytes for each in held),

@@ -247,6 +247,13 @@ CREATE TABLE device (
 """
 
 
+@migrations(name="0007_last_rung")
+def last_rung(db: Database) -> None:
+    """How a job would run at fal, for one that runs out of memory here; and the budget that a try ran out with."""
+    db.execute("ALTER TABLE job ADD COLUMN overflow TEXT")
+    db.execute("ALTER TABLE rung ADD COLUMN budget_bytes INTEGER")
+
+
 @migrations(name="0005_queue")
 def queue(db: Database) -> None:
     """What the order of the queue needs to know, how long runs take, and what an admin has switched."""

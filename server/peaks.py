@@ -20,7 +20,10 @@ MEASURES = {"cuda": "reserved", "cpu": "resident set"}
 
 @dataclass(frozen=True)
 class Measured:
-    """The largest peak of one phase, of all runs of one model and shape in one way. `device_kind` is cuda or cpu."""
+    """The largest peak of one phase, of all runs of one model and shape in one way. `device_kind` is cuda or cpu.
+
+    With `measured_at` 0 it was not measured but concluded, from a run that did not fit: it tells of this shape alone.
+    """
 
     model: str
     way: Way
@@ -73,7 +76,8 @@ class Peaks:
         return {name: tuple(ways.items()) for name, ways in found.items() if ways}
 
     def _of_phase(self, model: str, phase: str) -> list[Measured]:
-        return [each for each in self._by_model[model].values() if each.phase == phase]
+        """Those that were measured."""
+        return [each for each in self._by_model[model].values() if each.phase == phase and each.measured_at]
 
     def _scaled(self, model: str, phase: PhaseWorking, way: Way, shape: Shape) -> int | None:
         """The estimate, raised as rule 2 says; None where it was never too low. A tile's is the same for all shapes."""

@@ -15,6 +15,7 @@ LINK_BYTES_PER_S = 12e9
 class Device:
     """A device as the scheduler sees it. `resident` is (component key, bytes), least recently used first.
 
+    `budget_bytes` is what may be given out now; other programs took `others_bytes` of what there was to give out.
     `host_budget_bytes` is what the copies in host memory may take, where the host is not the device itself. `runs_s` is
     how long the job that it runs takes in all.
     """
@@ -26,6 +27,12 @@ class Device:
     link_bytes_per_s: float = LINK_BYTES_PER_S
     host_budget_bytes: int | None = None
     runs_s: float = 0.0
+    others_bytes: int = 0
+
+    @property
+    def alone(self) -> "Device":
+        """Once the other programs are gone."""
+        return replace(self, budget_bytes=self.budget_bytes + self.others_bytes, others_bytes=0)
 
     @property
     def free_bytes(self) -> int:
@@ -122,8 +129,8 @@ def after(device: Device, need: Need, evicted: Iterable[str]) -> Device:
 
 
 def refusal(need: Need, devices: Iterable[Device]) -> str | None:
-    """Why no device here could ever hold this, or None if one could."""
-    devices = list(devices)
+    """Why no device here could ever hold this, or None if one could, were no other program on it."""
+    devices = [device.alone for device in devices]
     if any(able(need, device) for device in devices):
         return None
     largest_bytes = max((device.budget_bytes for device in devices), default=0)

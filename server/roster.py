@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pipelines.base import Component, Weights
 from server import protocol, scheduler
 from server.jobs import Job
+from server.others import Others, taken
 from server.placement import LINK_BYTES_PER_S
 from server.remote import errand
 from server.scheduler import Waiting
@@ -37,8 +38,11 @@ class Worker:
     sign_at: float = 0.0  # of the last sign of progress
     hang_s: float = 0.0  # so long without one, and the job hangs
     hung: bool = False
+    cancelling: bool = False  # somebody asked for the end of what it runs
     halted: bool = False  # an admin took the device out: it ends what it runs and starts nothing
     deaths: int = 0  # in a row, with no job done between
+    others: Others = field(default_factory=Others)
+    settled: bool = False  # idle, and it has said what it has: then the driver's figure tells of the others
     link_bytes_per_s: float = LINK_BYTES_PER_S
 
     @property
@@ -49,13 +53,21 @@ class Worker:
     def view(self) -> scheduler.Device:
         return scheduler.Device(
             self.id,
-            self.budget_bytes,
+            max(0, self.budget_bytes - self.others.taken_bytes),
             self.resident,
             idle=self.status == "idle" and not self.halted,
             link_bytes_per_s=self.link_bytes_per_s,
             host_budget_bytes=self.supervisor.device.host_budget_bytes,
             runs_s=self.runs.expected_s if self.runs else 0.0,
+            others_bytes=min(self.budget_bytes, self.others.taken_bytes),
         )
+
+    def hear_driver(self, free_bytes: int, now: float) -> None:
+        """What the driver calls free. While a job runs, nobody can tell what of the rest is its own."""
+        if self.settled and self.status == "idle":
+            resident_bytes = sum(weights_bytes for _, weights_bytes in self.resident)
+            margin_bytes = self.supervisor.device.margin_bytes
+            self.others = self.others.seen(taken(self.budget_bytes, resident_bytes, free_bytes, margin_bytes), now)
 
     def forget(self, keys: set[str] | frozenset[str]) -> None:
         """These components are not resident any more."""
@@ -111,9 +123,16 @@ class HaltAsked:
 
 
 @dataclass(frozen=True)
+class DriverSaid:
+    """By device, what its driver calls free."""
+
+    free_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed."""
 
 
 Asked = CancelAsked | PriorityAsked | HaltAsked
-Message = Submitted | SubmittedRemote | Asked | WorkerSaid | DeskSaid | RespawnDue | Tick
+Message = Submitted | SubmittedRemote | Asked | WorkerSaid | DeskSaid | DriverSaid | RespawnDue | Tick

@@ -85,7 +85,8 @@ def plan(
 ) -> list[Action]:
     """What to do now, in order.
 
-    1. A job that no device could hold, even empty, is refused with the numbers.
+    1. A job that no device could hold, even empty, is refused with the numbers. One that could be held, were it not
+       for other programs, waits.
     2. While a device is idle that can hold a waiting job, one starts. First those that an admin has put in front.
     3. Then whoever's oldest job is overdue, passed over for longer than the age cap; the longest overdue first.
     4. Then the job with the least sum of what its user has had, its own length, and what its weights cost to load.
@@ -129,7 +130,7 @@ class Queue:
 
     def hopeless(self) -> Iterator[Refuse]:
         """Refuse the jobs that nothing could hold."""
-        largest_bytes = max(device.budget_bytes for device in self.devices)
+        largest_bytes = max(device.alone.budget_bytes for device in self.devices)
         nowhere = [kind for kind, found in self.options.items() if not found]
         kinds = {kind for kind in nowhere if refusal(next(iter(self.heads[kind].values())).need, self.devices)}
         for job in self.waiting if kinds else ():

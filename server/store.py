@@ -78,6 +78,7 @@ class Store:
             "created_at": now,
             "served_by": "fal" if new.remote_endpoint else None,
             "remote_endpoint": new.remote_endpoint,
+            "overflow": json.dumps(new.overflow) if new.overflow else None,
             "weight": new.weight,
             "promised_start_at": promised_start_at,
         }
@@ -106,6 +107,19 @@ class Store:
             "UPDATE job SET status = 'running', started_at = :now, attempts = attempts + 1"
             " WHERE id = :id AND status = 'queued' RETURNING *",
             {"id": job_id, "now": now},
+        )
+
+    def hand_over(self, job_id: str) -> Job | None:
+        """Here, queued or running → queued for fal, as its `overflow` says, at what it was charged already.
+
+        None if it has ended, or may not run there. One statement: it is never a job of both places.
+        """
+        return self._changed(
+            "UPDATE job SET status = 'queued', device = NULL, started_at = NULL, promised_start_at = NULL,"
+            " attempts = attempts - (status = 'running'), served_by = 'fal', overflow = NULL,"
+            " remote_endpoint = json_extract(overflow, '$.endpoint'), params = json_extract(overflow, '$.params')"
+            " WHERE id = :id AND status IN ('queued', 'running') AND overflow IS NOT NULL RETURNING *",
+            {"id": job_id},
         )
 
     def keep_request_id(self, job_id: str, request_id: str) -> None:
@@ -235,6 +249,6 @@ def error_of(error: PlantainError) -> dict[str, Any]:
 
 def _job(row: dict[str, Any]) -> Job:
     fields = {name: row[name] for name in Job.__dataclass_fields__}
-    for name in ("params", "output", "error"):
+    for name in ("params", "output", "error", "overflow"):
         fields[name] = json.loads(row[name]) if row[name] else None
     return Job(**fields)

@@ -94,6 +94,7 @@ class Worker:
         return Failed(job_id, "OUT_OF_MEMORY", message)
 
     def tell_resident(self) -> None:
+        self.residency.rest()
         self.send(Resident(self.residency.resident(), self.residency.held()))
 
     def outcome(self, command: Run) -> Succeeded:

@@ -99,7 +99,8 @@ def runnable(model: str, weights: int = 10, working: int = 5) -> Runnable:
 async def bench(tmp_path: Path, devices: int = 1, **options: Any) -> AsyncIterator[Bench]:
     store = Store(tmp_path / "plantain.sqlite")
     shelf: Any = SimpleNamespace(families=list, runnable=lambda model, pixels, params: runnable(model))
-    specs = [DeviceSpec(f"gpu{n}", "GPU", "cpu", 100, 25) for n in range(devices)]
+    budget_bytes = options.pop("budget_bytes", 25)
+    specs = [DeviceSpec(f"gpu{n}", "GPU", "cpu", 4 * budget_bytes, budget_bytes) for n in range(devices)]
     spawn: Any = Recorder
     clock = options.pop("clock", lambda: NOW)
     dispatcher = Dispatcher(store, Files(tmp_path / "files"), shelf, specs, spawn=spawn, clock=clock, **options)

@@ -81,3 +81,15 @@ async def test_when_nothing_is_left_the_job_fails_with_what_was_tried(it: Bench)
     assert error["error"].endswith(
         "Tried: resident on gpu0; resident, tiled on gpu0; staged on gpu0; staged, tiled on gpu0."
     )
+
+
+@told()
+async def test_a_job_that_was_cancelled_while_it_ran_out_is_not_tried_again(it: Bench):
+    it.worker("gpu0").says(Ready())
+    await submit(it)
+    await it.dispatcher.cancel("j1")
+    it.worker("gpu0").says(OUT)
+    await it.settle()
+    assert it.job(1).status == "cancelled"
+    assert ways(it) == ["resident"]
+    assert read_rungs(it.store.db) == []

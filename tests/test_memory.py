@@ -130,6 +130,20 @@ def test_a_job_that_runs_out_goes_down_the_ladder_and_ends_well(
         assert device(house)["rungs"][0] == last, "the next one begins where this one ended"
 
 
+def test_what_ran_out_is_not_tried_first_again_after_a_restart(tmp_path: Path):
+    settings = furnish(tmp_path, "dev")
+    with running(settings) as first:
+        assert generate(first, "only staged").status_code == 200
+        assert [step[0] for step in rungs(first)] == ["resident", "resident", "resident, tiled"]
+    with running(settings) as second:
+        before = device(second)["rungs"]
+        assert generate(second, "only staged").status_code == 200
+        assert device(second)["rungs"] == before
+    with running(settings, cpu(9 * 2**30)) as larger:
+        assert generate(larger, "only resident").status_code == 200, "it is tried where there is more to give out"
+        assert device(larger)["rungs"] == before
+
+
 def test_a_job_that_fits_in_no_way_fails_is_refunded_and_the_next_one_runs(house: House, forgetful: None):
     before = house.balance()
     answer = generate(house, "never")

@@ -1,5 +1,6 @@
 """What a job needs, by phase, shape and way; which way is chosen; what is tried after running out; what peaks teach."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,7 @@ def test_a_job_on_a_rung_runs_there_and_nowhere_else():
 
 
 def measured(phase: str, working: int, pixels: int = 2, way: Way = RESIDENT, kind: str = "cuda") -> Measured:
-    return Measured("flux", way, phase, pixels, 1, kind, working, working, 0.0)
+    return Measured("flux", way, phase, pixels, 1, kind, working, working, 1.0)
 
 
 def expected(peaks: Peaks, pixels: int, way: Way = RESIDENT) -> int:
@@ -203,6 +204,9 @@ def test_another_shape_is_raised_as_much_as_any_peak_passed_its_estimate_and_nev
     over, under = measured("decode", 6000, pixels=1000), measured("decode", 1500, pixels=1000)
     assert expected(Peaks("cuda", [over]), 2000) == with_headroom(2 * 6000)
     assert expected(Peaks("cuda", [under]), 2000) == 6000
+    concluded = replace(over, measured_at=0.0)
+    assert expected(Peaks("cuda", [concluded]), 1000) == with_headroom(6000)
+    assert expected(Peaks("cuda", [concluded]), 2000) == 6000, "it tells of its own shape alone"
 
 
 def test_peaks_of_another_way_or_kind_of_device_teach_nothing():

@@ -15,7 +15,7 @@ from server.clock import iso
 from server.commands.accounts import Data, changing, show
 from server.memory import rung_json, with_models
 from server.peaks import Measured, Peaks, read_peaks
-from server.rungs import read_devices, read_rungs
+from server.rungs import FAL, read_devices, read_rungs
 from server.settings import Settings
 from server.shelf import Shelf
 from server.vram import Shape, need_of
@@ -51,6 +51,7 @@ def devices(
 def print_device(state: dict[str, Any]) -> None:
     host = f"; host copies {gib(state['hostBytes'])}" if state["hostBudgetBytes"] else ""
     host += f" of {gib(state['hostBudgetBytes'])}" if state["hostBudgetBytes"] else ""
+    host += f"; other programs {gib(state['othersBytes'])}" if state.get("othersBytes") else ""
     typer.echo(
         f"{state['id']} ({state['name']}): {gib(state['residentBytes'])} of {gib(state['budgetBytes'])}{host}, "
         f"as of {iso(state['seenAt'])}"
@@ -59,7 +60,8 @@ def print_device(state: dict[str, Any]) -> None:
     for each in state["evictions"][:5]:
         typer.echo(f"  evicted {each['name']}, {gib(each['bytes'])}, at {each['at']}")
     for each in state["rungs"][:5]:
-        then = f"then {each['nextWay']} on {each['nextDevice']}" if each["nextWay"] else "then it failed"
+        last = "then it went to fal" if each["nextDevice"] == FAL else "then it failed"
+        then = f"then {each['nextWay']} on {each['nextDevice']}" if each["nextWay"] else last
         typer.echo(f"  {each['model']} ran out of memory, {each['way']}, at {each['at']}; {then}")
 
 

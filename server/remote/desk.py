@@ -37,6 +37,7 @@ class Desk:
         self.tell: Callable[[Said], None] = lambda said: None
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.errands: dict[str, Errand] = {}
+        self.stopped = False
 
     @property
     def connected(self) -> bool:
@@ -49,7 +50,9 @@ class Desk:
         return self.storage
 
     def start(self, job: Job) -> None:
-        """Hand the job over, or go on with it where a server before this one left it."""
+        """Hand the job over, or go on with it where a server before this one left it; not while the server ends."""
+        if self.stopped:
+            return None
         try:
             errand = self._errand(job)
         except PlantainError as error:
@@ -64,6 +67,7 @@ class Desk:
 
     async def stop(self) -> None:
         """Let go of the jobs, which go on at the next start; but a request being sent is brought to its id first."""
+        self.stopped = True
         for task in self.tasks.values():
             task.cancel()
         handing = [each.handing for each in self.errands.values() if each.handing]

@@ -45,7 +45,7 @@ def choose(model: Model, workflow: str, route: Route, shelf: Shelf, desk: Desk, 
 
 
 def may_overflow(model: Model, workflow: str, route: Route, desk: Desk) -> bool:
-    """Whether a job that no device here could ever hold goes to fal."""
+    """Whether a job that no device here could ever hold, or that ran out of memory in every way, goes to fal."""
     return route == "prefer-local" and workflow in model.remote and desk.connected
 
 
