@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from pipelines.catalog import Catalog
 from server import accounts, ledger
 from server.errors import DoesNotFit
 from server.ladder import Rung
+from server.outputs import Files
+from server.remote.parts import make
+from server.remote.routes import may_overflow
 from server.rungs import read_forced, record_rung, way_of
 from server.settings import Settings
 from server.store import Store, error_of
@@ -117,15 +121,15 @@ def test_what_fal_refuses_is_refunded_once(house: House, fal: FakeFal):
 
 
 @pytest.mark.parametrize("forbidden", [{"offline": True}, {"route": "local-only"}, {"fal_key": None}])
-def test_nothing_leaves_the_machine_where_the_operator_forbids_it(
-    settings: Settings, fal: FakeFal, tmp_path: Path, forbidden: dict[str, Any]
-):
-    own = furnish(tmp_path, "dev")
-    own.weights_toml.write_text(own.weights_toml.read_text() + REMOTE)
-    fal_of = {name: getattr(settings, name) for name in ("fal_queue_url", "fal_rest_url", "fal_key")}
-    with running(replace(own, **{**fal_of, **forbidden})) as it:
-        assert it.ask(GENERATE, WORD).json()["code"] == "OUT_OF_MEMORY"
-        assert fal.submitted == []
+def test_nothing_leaves_the_machine_where_the_operator_forbids_it(settings: Settings, forbidden: dict[str, Any]):
+    model = Catalog.load(settings.weights_toml).models["hungry-dev"]
+
+    def may(settings: Settings) -> bool:
+        desk = make(settings, Catalog({}), Files(settings.files), lambda: NOW)
+        return may_overflow(model, "text-to-image", settings.route, desk)
+
+    assert may(settings)
+    assert not may(replace(settings, **forbidden))
 
 
 def test_a_job_is_handed_over_in_one_statement_and_only_once(tmp_path: Path):
