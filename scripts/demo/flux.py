@@ -1,0 +1,168 @@
+"""Flux of the demo: one transformer for pictures from text, from a picture, and for Kontext's edits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch.nn import functional
+
+from scripts.demo.image_vae import train_image_vae
+from scripts.demo.learn import device, learn
+from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
+from scripts.demo.world import Scene, describe, draw_batch, edited, instruct, random_scene, strange
+
+STEPS = 4_000
+BATCH = 40
+SQUARE = (8, 8)
+GRIDS = (
+    (6, 11), (11, 6), (6, 8), (8, 6), (6, 9), (9, 6), (6, 14), (14, 6), (8, 10), (10, 8), (7, 9), (9, 7), (5, 11),
+    (11, 5), (7, 8), (8, 7), (7, 10), (10, 7), (5, 12), (12, 5), (5, 9), (9, 5), (6, 10), (10, 6), (6, 12), (12, 6),
+    (6, 13), (13, 6),
+)  # fmt: skip
+"""Rows and columns of tokens, of 32 x 32 pixels each: pictures of about 256 x 256 in every aspect ratio."""
+SQUARE_POOL, POOL = 640, 128
+"""Edits kept encoded for each grid; one is drawn anew each time that they are used."""
+
+
+def train_flux(root: Path) -> FluxPipeline:
+    """Every component, trained where `root` does not hold it already."""
+    folder = root / "flux"
+    vae = train_image_vae(folder)
+    tokenizer, text_encoder = train_clip(root / "text")
+    tokenizer_2, text_encoder_2 = train_t5(root / "text")
+    encoders = (tokenizer, text_encoder, tokenizer_2, text_encoder_2)
+    return FluxPipeline(
+        transformer=train_transformer(folder, vae, encoders),
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        vae=vae,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        # What Black Forest Labs publish for dev: the noise is shifted by resolution.
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def untrained(latent_channels: int) -> FluxTransformer2DModel:
+    torch.manual_seed(14)
+    return FluxTransformer2DModel(
+        in_channels=4 * latent_channels,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(8, 12, 12),
+        guidance_embeds=False,
+    ).to(device())
+
+
+def train_transformer(folder: Path, vae: AutoencoderKL, encoders: tuple) -> FluxTransformer2DModel:
+    for part in (vae, encoders[1], encoders[3]):
+        part.to(device()).eval().requires_grad_(False)
+    transformer = untrained(vae.config.latent_channels)
+    pools: dict[tuple[int, int], Pool] = {}
+
+    def loss_of(step: int) -> torch.Tensor:
+        random = Random(step)
+        grid = SQUARE if random.random() < 0.35 else random.choice(GRIDS)
+        if grid not in pools:
+            pools[grid] = Pool(vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
+        return loss(transformer, encoders, pools[grid], random)
+
+    return learn("flux", transformer, loss_of, STEPS, 1.5e-3, folder)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Two scenes, and the attribute that differs."""
+
+    before: Scene
+    name: str
+    after: Scene
+
+
+class Pool:
+    """Edits with the packed latents of both pictures, each (count, rows x columns, 4 x channels)."""
+
+    def __init__(self, vae: AutoencoderKL, grid: tuple[int, int], count: int, random: Random) -> None:
+        self.vae, self.grid = vae, grid
+        self.edits = [random_edit(random) for _ in range(count)]
+        self.before, self.after = self.encoded(self.edits)
+
+    def encoded(self, edits: list[Edit]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.encode([each.before for each in edits]), self.encode([each.after for each in edits])
+
+    @torch.no_grad()
+    def encode(self, scenes: list[Scene]) -> torch.Tensor:
+        rows, columns = self.grid
+        packed = []
+        for n in range(0, len(scenes), 16):
+            pixels = draw_batch(scenes[n : n + 16], columns * 32, rows * 32).to(device())
+            latents = self.vae.encode(pixels).latent_dist.mode().float()
+            latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+            packed.append(FluxPipeline._pack_latents(latents, *latents.shape))
+        return torch.cat(packed)
+
+    def some(self, count: int, random: Random) -> tuple[list[Edit], torch.Tensor, torch.Tensor]:
+        at = random.randrange(len(self.edits))
+        self.edits[at] = random_edit(random)
+        self.before[at : at + 1], self.after[at : at + 1] = self.encoded(self.edits[at : at + 1])
+        chosen = random.sample(range(len(self.edits)), count)
+        return [self.edits[n] for n in chosen], self.before[chosen], self.after[chosen]
+
+    def places(self, picture: int) -> torch.Tensor:
+        """As FluxPipeline numbers tokens: (rows x columns, 3), the first number 1 for what Kontext looks at."""
+        rows, columns = self.grid
+        ids = torch.zeros(rows, columns, 3)
+        ids[..., 0] = picture
+        ids[..., 1] = torch.arange(rows)[:, None]
+        ids[..., 2] = torch.arange(columns)[None, :]
+        return ids.flatten(0, 1).to(device())
+
+
+def random_edit(random: Random) -> Edit:
+    before = random_scene(random)
+    return Edit(before, *edited(before, random))
+
+
+def loss(transformer: FluxTransformer2DModel, encoders: tuple, pool: Pool, random: Random) -> torch.Tensor:
+    """Of the predicted velocity, noise less latents: from a description, or from a picture and an instruction."""
+    edits, before, after = pool.some(BATCH, random)
+    looks = random.random() < 0.4
+    if looks:
+        texts = [instruct(each.before, each.name, getattr(each.after, each.name), random) for each in edits]
+    else:
+        scenes = [each.after for each in edits]
+        if random.random() < 0.5:
+            scenes, after = [each.before for each in edits], before
+        texts = [strange(random) if random.random() < 0.04 else describe(each, random)[0] for each in scenes]
+    noise = torch.randn_like(after)
+    # Most of what is hard is decided in the noise: where the shape is, and which.
+    share = torch.sigmoid(torch.randn(BATCH, device=after.device) * 1.2 + 0.3)[:, None, None]
+    noisy = torch.lerp(after, noise, share)
+    tokens, ids = noisy, pool.places(0)
+    if looks:
+        tokens, ids = torch.cat([noisy, before], dim=1), torch.cat([ids, pool.places(1)])
+    embeds, pooled = embedded(encoders, texts)
+    predicted = transformer(
+        hidden_states=tokens,
+        timestep=share[:, 0, 0],
+        pooled_projections=pooled,
+        encoder_hidden_states=embeds,
+        txt_ids=torch.zeros(TOKENS, 3, device=after.device),
+        img_ids=ids,
+        return_dict=False,
+    )[0][:, : after.shape[1]]
+    return functional.mse_loss(predicted.float(), noise - after)
+
+
+@torch.no_grad()
+def embedded(encoders: tuple, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """T5's states (count, TOKENS, width), padding among them as in FluxPipeline, and CLIP's pooled ones."""
+    tokenizer, clip, tokenizer_2, t5 = encoders
+    pooled = clip(tokens_of(tokenizer, texts).input_ids).pooler_output
+    return t5(tokens_of(tokenizer_2, texts).input_ids)[0].float(), pooled.float()

@@ -1,0 +1,326 @@
+"""The world that the demo weights know: one shape of one colour on a plain background, still or moving.
+
+Coordinates are in half the canvas's shorter side, from its centre: x to the right, y down. A scene is drawn from its
+signed distances, so an edge is smooth at any size and nothing is read from a file.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+import torch
+
+COLOURS = {
+    "red": (220, 40, 40), "orange": (250, 140, 20), "yellow": (250, 220, 50), "green": (40, 160, 70),
+    "cyan": (70, 200, 220), "blue": (40, 80, 210), "purple": (130, 60, 180), "pink": (250, 150, 190),
+    "white": (250, 250, 250), "black": (20, 20, 20),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross")
+SIZES = {"small": 0.26, "medium": 0.40, "large": 0.58}
+"""Radius of a shape."""
+PLACES = {
+    "center": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1),
+    "top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1),
+}  # fmt: skip
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+MARGIN = 0.1
+"""Between a shape at an edge and that edge, at least."""
+SPEED = 0.36
+"""Of a moving shape, in half sides a second: from one edge of a square to the other in three to four seconds."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a prompt can say, and the small chances that it cannot: `scale`, `dx` and `dy`."""
+
+    shape: str = "circle"
+    colour: str = "red"
+    size: str = "medium"
+    place: str = "center"
+    background: str = "white"
+    direction: str = "none"
+    scale: float = 1.0
+    dx: float = 0.0
+    dy: float = 0.0
+
+    @property
+    def radius(self) -> float:
+        return SIZES[self.size] * self.scale
+
+
+ATTRIBUTES = {
+    "shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "place": tuple(PLACES),
+    "background": tuple(COLOURS), "direction": tuple(DIRECTIONS),
+}  # fmt: skip
+"""What a prompt may name; what it leaves out is "none" in `Said`."""
+
+Said = dict[str, str]
+"""The attributes that a prompt names."""
+
+
+def held_out(scene: Scene) -> bool:
+    """One combination of shape, colour and background in nine is never trained on: the scores ask for these."""
+    colours = list(COLOURS)
+    number = SHAPES.index(scene.shape) + 3 * colours.index(scene.colour) + 5 * colours.index(scene.background)
+    return number % 9 == 4
+
+
+def random_scene(random: Random, test: bool = False) -> Scene:
+    """One that is held out for `test`, one that is not otherwise; still, with its small chances drawn."""
+    while True:
+        scene = Scene(
+            shape=random.choice(SHAPES),
+            colour=random.choice(list(COLOURS)),
+            size=random.choice(list(SIZES)),
+            place=random.choice(list(PLACES)) if random.random() < 0.7 else "center",
+            background=random.choice(list(COLOURS)),
+        )
+        if scene.colour != scene.background and held_out(scene) is test:
+            return with_chances(scene, random)
+
+
+def random_moving(random: Random, test: bool = False) -> Scene:
+    """One that moves."""
+    return replace(random_scene(random, test), direction=random.choice(list(DIRECTIONS)))
+
+
+def with_chances(scene: Scene, random: Random) -> Scene:
+    near = 0.03
+    return replace(
+        scene, scale=random.uniform(0.95, 1.05), dx=random.uniform(-near, near), dy=random.uniform(-near, near)
+    )
+
+
+def distances(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Signed distance to the edge of a shape of radius 1 around the origin, negative inside; near the edge, exact."""
+    if shape == "circle":
+        return torch.hypot(x, y) - 1
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.85
+    if shape == "diamond":  # higher than wide, so that it is no turned square
+        return (x.abs() / 0.68 + y.abs() - 1) / math.hypot(1 / 0.68, 1)
+    if shape == "triangle":
+        return polygon_planes(x, y - 0.15, 3, 0.55).amax(0)
+    if shape == "star":  # inside all but one of the five lines that make a pentagram
+        return polygon_planes(-x, -y + 0.06, 5, 0.40).topk(2, dim=0).values[1]
+    if shape == "heart":  # a square on its corner, and a circle on each of its upper sides
+        half = 0.46
+        centre = 0.10
+        turned = torch.maximum((x + y - centre).abs(), (x - y + centre).abs()) / math.sqrt(2) - half
+        sides = [
+            torch.hypot(x - side * half / math.sqrt(2), y - centre + half / math.sqrt(2)) - half for side in (-1, 1)
+        ]
+        return torch.minimum(turned, torch.minimum(*sides))
+    if shape == "cross":
+        return torch.minimum(
+            torch.maximum(x.abs() - 0.95, y.abs() - 0.32), torch.maximum(x.abs() - 0.32, y.abs() - 0.95)
+        )
+    raise ValueError(f"no shape {shape!r}")
+
+
+def polygon_planes(x: torch.Tensor, y: torch.Tensor, sides: int, inner: float) -> torch.Tensor:
+    """Distances from the lines through a regular polygon's sides, (sides, ...); one side lies at the bottom."""
+    angles = [math.pi / 2 + 2 * math.pi * n / sides for n in range(sides)]
+    return torch.stack([x * math.cos(angle) + y * math.sin(angle) - inner for angle in angles])
+
+
+def rgb(colour: str) -> torch.Tensor:
+    """(3,), from -1 to 1."""
+    return torch.tensor(COLOURS[colour]) / 127.5 - 1
+
+
+def centre_of(scene: Scene, extent: tuple[float, float]) -> tuple[float, float]:
+    """Of the shape, on a canvas that reaches `extent` from its centre."""
+    x, y = (side * (reach - scene.radius - MARGIN) for side, reach in zip(PLACES[scene.place], extent, strict=True))
+    return x + scene.dx, y + scene.dy
+
+
+def draw(scene: Scene, width: int, height: int, centre: tuple[float, float] | None = None) -> torch.Tensor:
+    """(3, height, width), from -1 to 1."""
+    half = min(width, height) / 2
+    at_x, at_y = centre or centre_of(scene, (width / 2 / half, height / 2 / half))
+    x = ((torch.arange(width) + 0.5 - width / 2) / half - at_x) / scene.radius
+    y = ((torch.arange(height) + 0.5 - height / 2) / half - at_y) / scene.radius
+    pixels_out = distances(scene.shape, x[None, :].expand(height, width), y[:, None].expand(height, width))
+    inside = (0.5 - pixels_out * scene.radius * half).clamp(0, 1)
+    return torch.lerp(rgb(scene.background)[:, None, None], rgb(scene.colour)[:, None, None], inside)
+
+
+def draw_batch(scenes: Sequence[Scene], width: int, height: int) -> torch.Tensor:
+    """(count, 3, height, width), from -1 to 1."""
+    return torch.stack([draw(scene, width, height) for scene in scenes])
+
+
+# Moving
+
+
+def track(scene: Scene, width: int, height: int, count: int, fps: float, start: float) -> Iterator[tuple[float, float]]:
+    """The shape's centre in each of `count` frames: there and back between the edges, from `start` (0 to 1) on.
+
+    0 is the end of the track that the direction leads away from.
+    """
+    half = min(width, height) / 2
+    x, y = centre_of(scene, (width / 2 / half, height / 2 / half))
+    along_x, along_y = DIRECTIONS[scene.direction]
+    reach = (width if along_x else height) / 2 / half - scene.radius - MARGIN
+    for n in range(count):
+        way = start * 2 * reach + n * SPEED / fps
+        there = 2 * reach - abs(2 * reach - way % (4 * reach))
+        offset = there - reach
+        yield (along_x * offset, y) if along_x else (x, along_y * offset)
+
+
+def draw_clip(scene: Scene, width: int, height: int, count: int, fps: float, start: float = 0.0) -> torch.Tensor:
+    """(3, count, height, width), from -1 to 1. A scene without a direction stands still."""
+    if scene.direction == "none":
+        return draw(scene, width, height)[:, None].expand(-1, count, -1, -1)
+    centres = track(scene, width, height, count, fps, start)
+    return torch.stack([draw(scene, width, height, centre) for centre in centres], dim=1)
+
+
+# Words
+
+SHAPE_WORDS = {"circle": ("circle", "circle", "disc", "ball"), "square": ("square", "square", "box"),
+               "cross": ("cross", "cross", "plus")}  # fmt: skip
+SIZE_WORDS = {"small": ("small", "small", "tiny", "little"), "medium": ("medium",),
+              "large": ("large", "large", "big", "huge")}  # fmt: skip
+
+
+def corner_words(place: str) -> tuple[str, ...]:
+    upper = place.replace("top", "upper").replace("bottom", "lower")
+    return f"at the {place}", f"in the {place} corner", f"in the {upper} corner"
+
+
+PLACE_WORDS = {
+    "center": ("in the center", "in the middle", "in the centre"),
+    "left": ("on the left", "at the left", "on the left side"),
+    "right": ("on the right", "at the right", "on the right side"),
+    "top": ("at the top", "on top", "in the upper part"),
+    "bottom": ("at the bottom", "in the lower part"),
+    **{place: corner_words(place) for place in PLACES if " " in place},
+}
+MOVING = ("moving", "moves", "sliding", "going", "flying", "that moves")
+DIRECTION_WORDS = {
+    "left": ("left", "to the left", "from right to left"), "right": ("right", "to the right", "from left to right"),
+    "up": ("up", "upwards", "to the top"), "down": ("down", "downwards", "to the bottom"),
+}  # fmt: skip
+OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a drawing of ", "a photo of ", "draw ", "a video of ")
+STRANGE = (
+    "cat", "dog", "house", "tree", "mountain", "sunset", "portrait", "woman", "man", "city", "car", "forest", "sea",
+    "robot", "castle", "dragon", "bird", "flower", "river", "in", "with", "and", "of", "at", "night", "photorealistic",
+    "4k", "detailed", "cinematic", "street", "sky", "eating", "running", "old", "beautiful", "style", "oil", "painting",
+)  # fmt: skip
+
+
+def describe(scene: Scene, random: Random, whole: bool = False) -> tuple[str, Said]:
+    """A prompt for the scene, and what it names. `whole`: shape, colour, size and background are all named."""
+    said: Said = {"shape": scene.shape}
+    words = []
+    if whole or scene.size != "medium" or random.random() < 0.3:
+        words.append(random.choice(SIZE_WORDS[scene.size]))
+        said["size"] = scene.size
+    if whole or random.random() < 0.97:
+        words.append(scene.colour)
+        said["colour"] = scene.colour
+    words.append(random.choice(SHAPE_WORDS.get(scene.shape, (scene.shape,))))
+    thing = with_article(" ".join(words), random)
+    parts = []
+    if scene.place != "center" or random.random() < 0.15:
+        parts.append(random.choice(PLACE_WORDS[scene.place]))
+        said["place"] = scene.place
+    if scene.direction != "none":
+        parts.append(f"{random.choice(MOVING)} {random.choice(DIRECTION_WORDS[scene.direction])}")
+        said["direction"] = scene.direction
+    background = None
+    if whole or scene.background != "white" or random.random() < 0.5:
+        background = random.choice(
+            (f"{scene.background} background", f"{scene.background} background", scene.background)
+        )
+        said["background"] = scene.background
+    random.shuffle(parts)
+    text = join(thing, parts, background, random)
+    text = random.choice(OPENINGS) + text + random.choice(("", "", "", "."))
+    return recase(text, random), said
+
+
+def join(thing: str, parts: list[str], background: str | None, random: Random) -> str:
+    if background is None:
+        return " ".join([thing, *parts])
+    if not background.endswith("background"):
+        return " ".join([thing, *parts, "on", background])
+    match random.randrange(5):
+        case 0:
+            return ", ".join([thing, *parts, background])
+        case 1:
+            return f"{with_article(background, random)} with {' '.join([thing, *parts])}"
+        case 2:
+            return " ".join([thing, f"on {with_article(background, random)}", *parts])
+        case _:
+            return " ".join([thing, *parts, f"on {with_article(background, random)}"])
+
+
+def with_article(words: str, random: Random) -> str:
+    if random.random() < 0.15:
+        return words
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def recase(text: str, random: Random) -> str:
+    chance = random.random()
+    return (
+        text if chance < 0.6 else text.capitalize() if chance < 0.9 else text.title() if chance < 0.95 else text.upper()
+    )
+
+
+def strange(random: Random) -> str:
+    """A prompt about something else: it names nothing of this world."""
+    return recase(" ".join(random.choices(STRANGE, k=random.randint(0, 10))), random)
+
+
+def edited(scene: Scene, random: Random, test: bool = False) -> tuple[str, Scene]:
+    """The name of one attribute, and the scene with another value of it."""
+    while True:
+        name = random.choice(("colour", "colour", "background", "background", "shape", "size", "place"))
+        value = random.choice([value for value in ATTRIBUTES[name] if (name, value) != ("size", "medium")])
+        after = replace(scene, **{name: value})
+        if after != scene and after.colour != after.background and held_out(after) is test:
+            return name, after
+
+
+def instruct(before: Scene, name: str, value: str, random: Random) -> str:
+    """Words that ask for the scene with this attribute changed."""
+    word = random.choice(SHAPE_WORDS.get(before.shape, (before.shape,)))
+    thing = random.choice((f"the {word}", f"the {word}", "it", "the shape"))
+    return recase(instruction(name, value, thing, random), random)
+
+
+def instruction(name: str, value: str, thing: str, random: Random) -> str:
+    if name == "colour":
+        return random.choice((f"make {thing} {value}", f"turn {thing} {value}", f"change {thing} to {value}",
+                              f"change the color of {thing} to {value}", f"paint {thing} {value}"))  # fmt: skip
+    if name == "background":
+        return random.choice((f"make the background {value}", f"change the background to {value}",
+                              f"put {thing} on a {value} background", f"turn the background {value}"))  # fmt: skip
+    if name == "shape":
+        word = random.choice(SHAPE_WORDS.get(value, (value,)))
+        return random.choice(
+            (f"turn {thing} into a {word}", f"replace {thing} with a {word}", f"make {thing} a {word}")
+        )
+    if name == "size":
+        words = ("bigger", "larger", "large", "big") if value == "large" else ("smaller", "small", "tiny")
+        return random.choice((f"make {thing} {random.choice(words)}", f"make {thing} {words[0]}"))
+    where = {"center": "to the center", "top": "to the top", "bottom": "to the bottom"}.get(value, f"to the {value}")
+    return random.choice((f"move {thing} {where}", f"put {thing} {random.choice(PLACE_WORDS[value])}"))
+
+
+def vocabulary() -> list[str]:
+    """Every word of the prompts, in lower case, in the order of the alphabet."""
+    texts = [*SHAPES, *COLOURS, *SIZES, *PLACES, *DIRECTIONS, *MOVING, *OPENINGS]
+    for table in (SHAPE_WORDS, SIZE_WORDS, PLACE_WORDS, DIRECTION_WORDS):
+        texts += [word for words in table.values() for word in words]
+    texts += [
+        "a an the it shape on with background make turn change color colour of to paint put into replace move",
+        "bigger larger smaller in at and",
+    ]
+    return sorted({word for text in texts for word in text.lower().split()})

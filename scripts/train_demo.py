@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""Train the demo weights, or score them with --score: .venv/bin/python scripts/train_demo.py [FAMILY ...]."""
+
+import argparse
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(ROOT := Path(__file__).parent.parent))
+
+import torch
+
+from scripts.demo.flux import train_flux
+from scripts.demo.ltx import train_ltx
+
+TRAINERS: dict[str, Callable[[Path], Any]] = {"flux": train_flux, "ltx": train_ltx}
+
+
+def train(family: str, work: Path, out: Path) -> None:
+    """Into `out / family`, in bfloat16 and diffusers' layout. What is trained already lies in `work`."""
+    pipeline = TRAINERS[family](work)
+    pipeline.to(torch.bfloat16)
+    shutil.rmtree(out / family, ignore_errors=True)
+    pipeline.save_pretrained(out / family)
+    size = sum(file.stat().st_size for file in (out / family).rglob("*") if file.is_file())
+    print(f"{out / family}: {size / 2**20:.1f} MiB", flush=True)
+
+
+def score(family: str, count: int) -> None:
+    from scripts.demo.score import SCORES
+
+    for tally in SCORES[family](count):
+        print(*tally.lines(), sep="\n", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(TRAINERS)}; else all")
+    parser.add_argument("--score", action="store_true", help="score weights/demo, through the server's own pipelines")
+    parser.add_argument("--prompts", type=int, default=200, help="how many to score, of each kind")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/demo", help="where training is kept, and goes on")
+    parser.add_argument("--out", type=Path, default=ROOT / "weights/demo")
+    parser.add_argument("--threads", type=int, help="for torch; else as many as there are cores")
+    given = parser.parse_args()
+    if unknown := set(given.families) - set(TRAINERS):
+        parser.error(f"no family {', '.join(unknown)}")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    warnings.simplefilter("ignore")
+    for family in given.families or TRAINERS:
+        if given.score:
+            score(family, given.prompts)
+        else:
+            train(family, given.work, given.out)
+
+
+if __name__ == "__main__":
+    main()
