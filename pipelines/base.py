@@ -54,8 +54,9 @@ class Component:
     `key` is the hash of its files and its dtype: two components with one key hold the same bytes and are loaded once.
     `weights_bytes` is what it takes on a device. `path` is a folder (diffusers layout) or a single file.
     `block_bytes` are those of its blocks, in any order: layers that follow one another and can be streamed.
-    `storage` is the dtype that its matrices are kept in where that is another than they are computed in. `stamps` are
-    its files as they were when its key was found: another file under the same name is not loaded.
+    `storage` is what its matrices are kept as where that is another than they are computed in. `stamps` are its files
+    as they were when its key was found: another file under the same name is not loaded. `config` is the folder of the
+    component that it stands in for, where its file has no configuration of its own.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Component:
     block_bytes: tuple[int, ...] = ()
     storage: str | None = None
     stamps: tuple[Stamp, ...] = ()
+    config: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ from pipelines.tables import CatalogError
 Kind = Literal["image", "video", "upscale", "remove-bg"]
 SourceKind = Literal["hf", "url", "pypi", "path"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-Quantisation = Literal["fp8-layerwise"]
-"""`fp8-layerwise`: the denoiser's matrices are kept in 8 bits, and widened one layer at a time to be computed with."""
+Quantisation = Literal["fp8-layerwise", "nf4", "gguf"]
+"""How the denoiser's matrices are kept, to be widened one layer at a time and computed with.
+
+`fp8-layerwise`: in 8 bits. `nf4`: in 4 bits, made by bitsandbytes at loading. `gguf`: as one GGUF file has them.
+"""
 
 WEIGHTS_TOML = Path(__file__).resolve().parent.parent / "weights.toml"
 
@@ -112,8 +115,9 @@ class Model:
     """One table of `weights.toml`.
 
     `sizes` are by aspect ratio, at the usual resolution; `resolutions` has them for each, where there is a choice.
-    `dtypes` are those of single components, `quantisation` is the denoiser's. A model with `variants` has no weights of
-    its own: it stands for those models, best first for each workflow. `loras`, by the names that requests give them,
+    `dtypes` are those of single components, `quantisation` is the denoiser's. Of a model with a `base`, `weights` are
+    the denoiser alone, and all else is the base's. A model with `variants` has no weights of its own: it stands for
+    those models, best first for each workflow. `loras`, by the names that requests give them,
     are installed as models are, under ids such as `flux-dev+watercolour`, but do not run by themselves.
     """
 
@@ -136,6 +140,7 @@ class Model:
     dtype: str = "float32"
     dtypes: Mapping[str, str] = field(default_factory=dict)
     quantisation: Quantisation | None = None
+    base: "Model | None" = None
     working: Working = Working()
     weights: Source | None = None
     variants: Mapping[str, tuple["Model", ...]] = field(default_factory=dict)

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from pipelines.base import Component, Stamp, Weights
 from pipelines.catalog import Model
-from pipelines.sizes import FP8, QUANTISED, class_of_config, sizes_of
+from pipelines.sizes import GGUF, QUANTISED, STORAGES, class_of_config, gguf_sizes, sizes_of
+from pipelines.weights.formats import GGUF as GGUF_SUFFIX
 from pipelines.weights.formats import WEIGHTS
 from pipelines.weights.lock import NAME, Entry, Lock
 
@@ -34,11 +36,15 @@ class Installed:
         entry = self.lock.models.get(model.id)
         if entry is None or model.weights is None or not entry.intact(self.root):
             return None
+        base = self.weights(model.base) if model.base else None
+        if model.base and base is None:
+            return None
         folder = entry.path(self.root)
         loaded = (model.id, model.dtype, model.quantisation, *sorted(model.dtypes.items()))
         if loaded not in self.components:
-            self.components[loaded] = tuple(find_components(folder, entry, model))
-        return Weights(model.id, model.family or "", folder, self.components[loaded])
+            components = stand_in(folder, entry, model, base) if base else find_components(folder, entry, model)
+            self.components[loaded] = tuple(components)
+        return Weights(model.id, model.family or "", base.folder if base else folder, self.components[loaded])
 
     def status(self, model: Model) -> Literal["installed", "missing", "none"]:
         """`none`: there is nothing to install, the model runs at fal only. With variants, one of them is enough."""
@@ -74,10 +80,30 @@ def find_components(folder: Path, entry: Entry, model: Model) -> list[Component]
     return [component(folder, entry, part, names, model) for part, names in by_folder.items() if part != "."]
 
 
+def stand_in(folder: Path, entry: Entry, model: Model, base: Weights) -> list[Component]:
+    """The base's components, but its denoiser's weights from the model's one GGUF file."""
+    plain = base.component(QUANTISED[0])
+    name = next(name for name in entry.files if name.endswith(GGUF_SUFFIX))
+    identity = [entry.files[name].sha256, config_of(plain.path), plain.dtype, GGUF]
+    sizes = gguf_sizes(folder / name, plain.dtype, class_of_config(plain.path))
+    stamp = Stamp.of(folder / name)
+    denoiser = replace(
+        plain,
+        key=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        weights_bytes=sizes.weights_bytes,
+        path=folder / name,
+        block_bytes=sizes.block_bytes,
+        storage=GGUF,
+        stamps=(stamp,) if stamp else (),
+        config=plain.path,
+    )
+    return [denoiser if each is plain else each for each in base.components]
+
+
 def component(folder: Path, entry: Entry, part: str, names: list[str], model: Model) -> Component:
     path = folder / part
     dtype = model.dtypes.get(part, model.dtype)
-    storage = FP8 if model.quantisation == "fp8-layerwise" and part in QUANTISED else None
+    storage = STORAGES.get(model.quantisation or "") if part in QUANTISED else None
     identity = [sorted(entry.files[name].sha256 for name in names), config_of(path), dtype]
     identity += [storage] if storage else []
     files = [folder / name for name in names]

@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines.base import Component, Stamp, UnusableWeights
 from pipelines.casting import keep_small
+from pipelines.sizes import GGUF, NF4
+from pipelines.weights.errors import Damaged
+from pipelines.weights.gguf_file import gguf_tensors
 
 LIBRARIES = ("diffusers", "transformers")
 """A folder's `model_index.json` may name classes of these and of nothing else."""
@@ -23,6 +26,8 @@ def load_component(component: Component) -> torch.nn.Module:
     Raises `UnusableWeights`, naming the file, where one is missing, truncated or not what the config says.
     """
     quiet()
+    if component.storage == GGUF:
+        return load_gguf(component)
     check_files(component.path)
     check_stamps(component)
     loader = class_of(component.path.parent, component.path.name)
@@ -35,8 +40,36 @@ def load_component(component: Component) -> torch.nn.Module:
         raise UnusableWeights(f"{component.path}: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise UnusableWeights(f"{component.path}: {len(missing)} tensors are missing, such as {missing[0]}")
-    if component.storage:
+    if component.storage == NF4:
+        from pipelines.nf4 import keep_nf4  # bitsandbytes is for those who use it
+
+        keep_nf4(module, dtype)
+    elif component.storage:
         keep_small(module, getattr(torch, component.storage), dtype)
+    return module.eval().requires_grad_(False)
+
+
+def load_gguf(component: Component) -> torch.nn.Module:
+    """A denoiser from one GGUF file, with the configuration of the one that it stands in for. Raises the same."""
+    check_stamps(component)
+    config, dtype = component.config or component.path, getattr(torch, component.dtype)
+    try:
+        gguf_tensors(component.path)  # before the gguf package reads it, which sets itself no bounds
+        module = class_of(config.parent, config.name).from_single_file(
+            str(component.path),
+            config=str(config.parent),
+            subfolder=config.name,
+            quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=dtype),
+            dtype=dtype,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, LookupError, Damaged) as error:
+        raise UnusableWeights(f"{component.path}: {error}") from error
+    if missing := [name for name, tensor in module.named_parameters() if tensor.is_meta]:
+        raise UnusableWeights(f"{component.path}: {len(missing)} tensors are missing, such as {missing[0]}")
+    for name, tensor in module.named_parameters():
+        if not tensor.is_floating_point() and not name.endswith(".weight"):
+            raise UnusableWeights(f"{component.path}: {name} is quantised, and no matrix")
     return module.eval().requires_grad_(False)
 
 

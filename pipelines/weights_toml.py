@@ -1,5 +1,6 @@
 """Reads `weights.toml` into the catalogue, refusing whatever it does not understand."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,6 +34,8 @@ TUNABLE: Mapping[str, type] = {
 FAMILY_KEYS = ("defaults", "dtype", "dtypes", "frames", "size_multiple", "sizes", "working")
 """What `[families.NAME]` may hold; a model's own table overrides it, `defaults` one by one."""
 
+ONE_GGUF = re.compile(r"[^*?\[\]]+\.gguf")
+
 Sizes = Mapping[str, tuple[int, int]]
 """Width and height by aspect ratio."""
 
@@ -49,9 +52,11 @@ def read_top(top: Table) -> Catalog:
     families = {name: read_family(table) for name, table in top.tables("families").items()}
     tables = top.tables("models")
     variants = {name: table.mapping("variants", list) for name, table in tables.items()}
+    bases = {name: table.take("base", str, "") for name, table in tables.items()}
     models = {name: read_model(name, table, families, bool(variants[name])) for name, table in tables.items()}
     models |= {name: replace(models[name], variants=find_variants(name, table, models))
                for name, table in variants.items() if table}  # fmt: skip
+    models |= {name: with_base(models[name], base, models) for name, base in bases.items()}
     catalog = Catalog(models, top.mapping("default_models", str), top.words("starter"), read_endpoints(top))
     top.done()
     names_of(models.values())
@@ -124,6 +129,21 @@ def find_variants(
             if (each == name) is (models[each].weights is not None):
                 raise CatalogError(f"[models.{name}]: variants.{workflow}: not {name} but its variants need weights")
     return {workflow: tuple(models[each] for each in ids) for workflow, ids in variants.items()}
+
+
+def with_base(model: Model, base: str, models: Mapping[str, Model]) -> Model:
+    """Raises `CatalogError` unless a GGUF file, and nothing else, has a base of its family with weights of its own."""
+    if (model.quantisation == "gguf") is not bool(base):
+        raise CatalogError(f"[models.{model.id}]: quantisation = 'gguf' and base go together")
+    if not base:
+        return model
+    found, source = models.get(base), model.weights
+    if found is None or found.weights is None or found.quantisation or found.family != model.family:
+        raise CatalogError(f"[models.{model.id}]: base {base!r} is no plain {model.family} model with weights")
+    names = [name for name in (*source.files, source.url, source.path) if name] if source else []
+    if len(names) != 1 or not ONE_GGUF.fullmatch(names[0]):
+        raise CatalogError(f"[models.{model.id}]: weights must name the one .gguf file")
+    return replace(model, base=found)
 
 
 def check_model(where: str, model: Model, has_variants: bool) -> None:

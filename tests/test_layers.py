@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "spandrel", "rembg", "onnxruntime"}
 PURE = {"jobs", "scheduler", "fairness", "turns", "simulation", "forecast", "placement", "vram", "protocol", "requests"}
 FAMILIES = {"flux", "wan", "ltx", "realesrgan", "rembg"}
-LOADING = FAMILIES | {"residency", "packing", "streaming", "link", "meter", "hostram", "embeddings", "casting"}
+LOADING = FAMILIES | {"residency", "packing", "streaming", "link", "meter", "hostram", "embeddings", "casting", "nf4"}
 LOADING |= {"loading", "lora", "faults", "tiles", "video"}
 """Imported inside the worker process only, so they may import torch at their top."""
 

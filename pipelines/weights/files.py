@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from pipelines.weights.errors import HashMismatch, NothingToPull, PickleRefused
-from pipelines.weights.formats import PICKLES, WEIGHTS
+from pipelines.weights.formats import GGUF, PICKLES, WEIGHTS
 
-KEPT = (*WEIGHTS, ".json", ".txt", ".model")
-"""Weights, configurations and tokenizers."""
+KEPT = (".safetensors", ".onnx", ".json", ".txt", ".model")
+"""Weights, configurations and tokenizers. A GGUF file only where it is named: many repositories hold a dozen."""
 
 VARIANT = re.compile(r"\.(fp16|bf16|fp8|non_ema)[.-]")
 """Marks the same weights once more, in another precision."""
@@ -56,7 +56,9 @@ def choose(names: Iterable[str], origin: str, files: tuple[str, ...] = (), skip:
     """The names worth having. Raises if there are no weights among them."""
     names = sorted(names)
     chosen = [
-        name for name in names if wanted(name) and (not files or matches(name, files)) and not matches(name, skip)
+        name
+        for name in names
+        if wanted(name, files) and (not files or matches(name, files)) and not matches(name, skip)
     ]
     if any(name.endswith(WEIGHTS) for name in chosen):
         return chosen
@@ -65,8 +67,10 @@ def choose(names: Iterable[str], origin: str, files: tuple[str, ...] = (), skip:
     raise NothingToPull(f"{origin} has no .safetensors or .onnx file.")
 
 
-def wanted(name: str) -> bool:
+def wanted(name: str, files: tuple[str, ...] = ()) -> bool:
     path = PurePosixPath(name)
+    if path.suffix == GGUF:
+        return inside(name) and name in files
     return inside(name) and path.suffix in KEPT and not VARIANT.search(path.name)
 
 

@@ -57,8 +57,10 @@ def find_files(model: Model, path: Path) -> dict[str, Path]:
     """The files worth having, by their names in the model's folder. A single file takes the model's name."""
     if path.is_file():
         refuse_pickle_name(path.name)
-        return {choose([model.id + path.suffix], str(path))[0]: path}
+        name = model.id + path.suffix
+        return {choose([name], str(path), (name,) if model.quantisation == "gguf" else ())[0]: path}
     if not path.is_dir():
         raise NotFound(f"There is no {path}.")
     found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    return {name: found[name] for name in choose(found, str(path))}
+    named = model.weights.files if model.quantisation == "gguf" and model.weights else ()
+    return {name: found[name] for name in choose(found, str(path), named)}

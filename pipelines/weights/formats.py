@@ -1,4 +1,7 @@
-"""The two kinds of weights file that are loaded, safetensors and ONNX, and how to tell them from a pickle."""
+"""The kinds of weights file that are loaded, and how to tell them from a pickle.
+
+safetensors and ONNX; and GGUF, where `weights.toml` names the very file. All three are data: loading them runs no code.
+"""
 
 import json
 from math import prod
@@ -6,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.weights.errors import Damaged, PickleRefused
+from pipelines.weights.gguf_file import gguf_tensors
 
-WEIGHTS = (".safetensors", ".onnx")
+GGUF = ".gguf"
+WEIGHTS = (".safetensors", ".onnx", GGUF)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 MAX_HEADER_BYTES = 100_000_000
@@ -37,6 +42,8 @@ def check_content(path: Path, name: str) -> None:
         )
     if name.endswith(".safetensors"):
         safetensors_header(path)
+    elif name.endswith(GGUF):
+        gguf_tensors(path)
     elif not start.startswith(ONNX_VERSION_FIELD):
         raise Damaged(f"{name} is not an ONNX file.")
 

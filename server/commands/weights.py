@@ -52,7 +52,8 @@ def pull(
     """Fetch a model's weights, check them, and record them."""
     with told():
         catalog = Catalog.load(weights_toml)
-        wanted = [catalog.find_weights(name) for name in [*(names or []), *(catalog.starter if starter else ())]]
+        asked = [catalog.find_weights(name) for name in [*(names or []), *(catalog.starter if starter else ())]]
+        wanted = [each for model in asked for each in (model.base, model) if each]
         if not wanted:
             raise typer.BadParameter("Name a model, or use --starter. What there is: plantain models")
         missing = [model for model in wanted if not installed(model, data / "weights")]
