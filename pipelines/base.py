@@ -72,12 +72,16 @@ class Component:
 
 @dataclass(frozen=True)
 class Weights:
-    """One model's weights as installed: all that a family needs to load it."""
+    """One model's weights as installed: all that a family needs to load it.
+
+    `architecture` is the diffusers pipeline to run them as, where it is another than their `model_index.json` names.
+    """
 
     model: str
     family: str
     folder: Path
     components: tuple[Component, ...]
+    architecture: str = ""
 
     @property
     def weights_bytes(self) -> int:

@@ -119,6 +119,9 @@ class Model:
     the denoiser alone, and all else is the base's. A model with `variants` has no weights of its own: it stands for
     those models, best first for each workflow. `loras`, by the names that requests give them,
     are installed as models are, under ids such as `flux-dev+watercolour`, but do not run by themselves.
+
+    `demo` is the model as it runs on demo weights, with sizes, defaults and memory of their own; it `stands_for` the
+    model. `architecture` is the diffusers pipeline to run weights as, where their `model_index.json` names another.
     """
 
     id: str
@@ -148,6 +151,9 @@ class Model:
     retired: Retired | None = None
     loras: Mapping[str, "Model"] = field(default_factory=dict)
     weights_gib: float | None = None
+    architecture: str = ""
+    demo: "Model | None" = None
+    stands_for: str = ""
 
     @property
     def runs_on(self) -> Literal["local", "fal", "both"]:

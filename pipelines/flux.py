@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from pipelines.base import BadOutput, InvalidInput, OnStep, UnusableWeights, Weights
 from pipelines.embeddings import tokenizer_key
 from pipelines.images import open_image
-from pipelines.loading import load_component, load_small, read_json
+from pipelines.loading import architecture_of, load_component, load_small, read_json
 from pipelines.lora import worn
 from pipelines.params import ImageToImage, TextToImage
 from pipelines.residency import Residency
@@ -40,7 +40,7 @@ class Flux:
         folder = weights.folder
         self._weights = weights
         self._residency = residency
-        self._recipes = recipes_for(folder)
+        self._recipes = recipes_for(weights)
         self._vae = read_json(folder / "vae" / "config.json")
         self._vae_scale = 2 ** (len(self._vae["block_out_channels"]) - 1)
         self._tokenizer = load_small(folder, "tokenizer")
@@ -226,15 +226,15 @@ RECIPES: dict[tuple[str, type[TextToImage]], Recipe] = {
     ("FluxKontextPipeline", TextToImage): Recipe(FluxKontextPipeline, no_picture, whole_area),
     ("FluxKontextPipeline", ImageToImage): Recipe(FluxKontextPipeline, reference_picture, whole_area),
 }
-"""By `model_index.json`'s `_class_name` and the kind of params."""
+"""By architecture and the kind of params."""
 
 
-def recipes_for(folder: Path) -> dict[type[TextToImage], Recipe]:
-    """The recipes of the architecture that the folder's `model_index.json` names, by the kind of params."""
-    name = read_json(folder / "model_index.json").get("_class_name")
+def recipes_for(weights: Weights) -> dict[type[TextToImage], Recipe]:
+    """The recipes of the weights' architecture, by the kind of params."""
+    name = architecture_of(weights)
     recipes = {kind: recipe for (architecture, kind), recipe in RECIPES.items() if architecture == name}
     if not recipes:
-        raise UnusableWeights(f"{folder / 'model_index.json'}: {name} is not a Flux pipeline known here")
+        raise UnusableWeights(f"{weights.folder / 'model_index.json'}: {name} is not a Flux pipeline known here")
     return recipes
 
 

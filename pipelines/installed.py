@@ -1,15 +1,16 @@
-"""What is installed: quick answers from `weights.lock`, re-read when it changes."""
+"""What is installed, and what demo weights there are: quick answers from `weights.lock`, re-read when it changes."""
 
 import hashlib
 import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, get_args
 
 from pipelines.base import Component, Stamp, Weights
 from pipelines.catalog import Model
 from pipelines.sizes import GGUF, QUANTISED, STORAGES, class_of_config, gguf_sizes, sizes_of
+from pipelines.weights import sums
 from pipelines.weights.formats import GGUF as GGUF_SUFFIX
 from pipelines.weights.formats import WEIGHTS
 from pipelines.weights.lock import NAME, Entry, Lock
@@ -17,15 +18,22 @@ from pipelines.weights.lock import NAME, Entry, Lock
 NOT_PART_OF_A_CONFIG = ("_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype")
 """Who saved a component, and how: none of it changes what is computed."""
 
+Status = Literal["installed", "demo", "missing", "none"]
+"""Of a model's weights, best first."""
+
 NETWORK = "network"
 """The one component of a model that is a single file."""
 
 
 class Installed:
-    """Reads the weights folder `root`. Nothing is hashed: `plantain verify` does that."""
+    """Reads the weights folder `root`. Nothing is hashed: `plantain verify` does that.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    With `demo`, also the demo weights: they come with the program, so they are looked for once.
+    """
+
+    def __init__(self, root: Path, demo: bool = True) -> None:
+        self.root, self.has_demo = root, demo
+        self.demos: dict[str, Entry | None] = {}
         self.stamp: object = None
         self.lock = Lock()
         self.components: dict[tuple[object, ...], tuple[Component, ...]] = {}
@@ -33,8 +41,8 @@ class Installed:
     def weights(self, model: Model) -> Weights | None:
         """None unless every file is there with its recorded size. Raises `UnusableWeights` for a broken file."""
         self.refresh()
-        entry = self.lock.models.get(model.id)
-        if entry is None or model.weights is None or not entry.intact(self.root):
+        entry = self._entry(model)
+        if entry is None:
             return None
         base = self.weights(model.base) if model.base else None
         if model.base and base is None:
@@ -44,16 +52,41 @@ class Installed:
         if loaded not in self.components:
             components = stand_in(folder, entry, model, base) if base else find_components(folder, entry, model)
             self.components[loaded] = tuple(components)
-        return Weights(model.id, model.family or "", base.folder if base else folder, self.components[loaded])
+        folder = base.folder if base else folder
+        return Weights(model.id, model.family or "", folder, self.components[loaded], model.architecture)
 
-    def status(self, model: Model) -> Literal["installed", "missing", "none"]:
-        """`none`: there is nothing to install, the model runs at fal only. With variants, one of them is enough."""
+    def demo(self, model: Model) -> Model | None:
+        """The model on demo weights, if there are any for it. Raises `UnusableWeights` for broken ones."""
+        return model.demo if model.demo and self.weights(model.demo) else None
+
+    def stand_in(self, model: Model) -> Model | None:
+        """The same, for a model that was never installed: demo weights do not hide that installed ones are damaged."""
+        self.refresh()
+        return None if model.id in self.lock.models else self.demo(model)
+
+    def status(self, model: Model) -> Status:
+        """`none`: there is nothing to install, the model runs at fal only. With variants, that of the best of them."""
         if model.variants:
-            variants = [each for able in model.variants.values() for each in able]
-            return "installed" if any(self.weights(each) for each in variants) else "missing"
+            statuses = {self.status(each) for able in model.variants.values() for each in able}
+            return next(status for status in get_args(Status) if status in statuses)
         if model.weights is None:
             return "none"
-        return "installed" if self.weights(model) else "missing"
+        if self.weights(model):
+            return "installed"
+        return "demo" if self.stand_in(model) else "missing"
+
+    def _entry(self, model: Model) -> Entry | None:
+        if model.weights is None:
+            return None
+        if model.stands_for:
+            return self._demo_entry(model.weights.path) if self.has_demo else None
+        entry = self.lock.models.get(model.id)
+        return entry if entry and entry.intact(self.root) else None
+
+    def _demo_entry(self, path: str) -> Entry | None:
+        if path not in self.demos:
+            self.demos[path] = sums.read_entry(Path(path))
+        return self.demos[path]
 
     def refresh(self) -> None:
         stamp = stamp_of(self.root / NAME)

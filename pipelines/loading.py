@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from pipelines.base import Component, Stamp, UnusableWeights
+from pipelines.base import Component, Stamp, UnusableWeights, Weights
 from pipelines.casting import keep_small
 from pipelines.sizes import GGUF, NF4
 from pipelines.weights.errors import Damaged
@@ -87,6 +87,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UnusableWeights(f"{path}: {error}") from error
+
+
+def architecture_of(weights: Weights) -> str:
+    """The name of the diffusers pipeline that the weights are for."""
+    return weights.architecture or str(read_json(weights.folder / "model_index.json").get("_class_name"))
 
 
 def class_of(folder: Path, name: str) -> Any:

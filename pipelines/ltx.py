@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.base import InvalidInput, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
 from pipelines.embeddings import tokenizer_key
-from pipelines.loading import load_component, load_small, read_json
+from pipelines.loading import architecture_of, load_component, load_small
 from pipelines.lora import worn
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
 from pipelines.residency import Residency
@@ -51,7 +51,7 @@ class Ltx:
 
     def __init__(self, weights: Weights, residency: Residency) -> None:
         folder = weights.folder
-        name = str(read_json(folder / "model_index.json").get("_class_name"))
+        name = architecture_of(weights)
         if name not in ARCHITECTURES:
             raise UnusableWeights(f"{folder / 'model_index.json'}: {name} is not an LTX pipeline known here")
         self._weights = weights

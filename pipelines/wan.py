@@ -10,7 +10,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
 from pipelines.base import OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
 from pipelines.embeddings import tokenizer_key
-from pipelines.loading import load_component, load_small, read_json
+from pipelines.loading import architecture_of, load_component, load_small, read_json
 from pipelines.lora import worn
 from pipelines.params import ImageToVideo, TextToVideo
 from pipelines.residency import Residency
@@ -34,7 +34,7 @@ class Wan:
         folder = weights.folder
         self._weights = weights
         self._residency = residency
-        self._architecture = str(read_json(folder / "model_index.json").get("_class_name"))
+        self._architecture = architecture_of(weights)
         if self._architecture not in ARCHITECTURES:
             raise UnusableWeights(f"{folder / 'model_index.json'}: {self._architecture} is not a Wan known here")
         self._pipeline, self._denoisers = ARCHITECTURES[self._architecture]
@@ -143,7 +143,7 @@ ARCHITECTURES: Mapping[str, tuple[Any, tuple[str, ...]]] = {
     "WanImageToVideoPipeline": (WanImageToVideoPipeline, ("image_encoder", "transformer", "vae")),
     "WanVACEPipeline": (WanVACEPipeline, ("transformer", "vae")),
 }
-"""By `model_index.json`'s `_class_name`: diffusers' class, and the components that it denoises with."""
+"""By name: diffusers' class, and the components that it denoises with."""
 
 
 def report_steps(on_step: OnStep) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,19 +11,18 @@ from pipelines.catalog import (
     Catalog,
     Credits,
     Dtype,
-    Frames,
     Kind,
     Model,
-    PhaseWorking,
     Quantisation,
     Retired,
-    Working,
+    Source,
     names_of,
 )
 from pipelines.endpoints import read_endpoints
 from pipelines.params import Workflow
+from pipelines.shapes import read_all_sizes, read_frames, read_working
 from pipelines.sources import read_lora, read_source
-from pipelines.tables import CatalogError, Table, checked
+from pipelines.tables import CatalogError, Table
 
 TUNABLE: Mapping[str, type] = {
     "num_inference_steps": int, "guidance_scale": float, "strength": float, "negative_prompt": str,
@@ -36,24 +35,30 @@ FAMILY_KEYS = ("defaults", "dtype", "dtypes", "frames", "size_multiple", "sizes"
 
 ONE_GGUF = re.compile(r"[^*?\[\]]+\.gguf")
 
-Sizes = Mapping[str, tuple[int, int]]
-"""Width and height by aspect ratio."""
+DEMO_KEYS = ("architecture", "defaults", "dtype", "path", "size_multiple", "sizes", "working")
+"""What `[demo.FAMILY]` may hold, and a model's own `demo`, which overrides it."""
 
 
 def read_catalog(path: Path) -> Catalog:
     """Raises `CatalogError`, with the path in front, at the first thing that is wrong."""
     try:
-        return read_top(Table("top level", tomllib.loads(path.read_text("utf-8"))))
+        return read_top(Table("top level", tomllib.loads(path.read_text("utf-8"))), path.parent.absolute())
     except (OSError, tomllib.TOMLDecodeError, CatalogError) as error:
         raise CatalogError(f"{path}: {error}") from error
 
 
-def read_top(top: Table) -> Catalog:
-    families = {name: read_family(table) for name, table in top.tables("families").items()}
+def read_top(top: Table, folder: Path) -> Catalog:
+    families = {name: read_part(table, FAMILY_KEYS) for name, table in top.tables("families").items()}
+    demos = {name: read_part(table, DEMO_KEYS) for name, table in top.tables("demo").items()}
     tables = top.tables("models")
     variants = {name: table.mapping("variants", list) for name, table in tables.items()}
     bases = {name: table.take("base", str, "") for name, table in tables.items()}
+    own_demos = {name: read_part(table.table("demo"), DEMO_KEYS) for name, table in tables.items()}
     models = {name: read_model(name, table, families, bool(variants[name])) for name, table in tables.items()}
+    models = {name: replace(model, demo=read_demo(model, demos, own_demos[name], folder))
+              for name, model in models.items()}  # fmt: skip
+    for family in demos.keys() - {model.family for model in models.values() if model.demo}:
+        raise CatalogError(f"[demo.{family}]: no model with weights is of this family")
     models |= {name: replace(models[name], variants=find_variants(name, table, models))
                for name, table in variants.items() if table}  # fmt: skip
     models |= {name: with_base(models[name], base, models) for name, base in bases.items()}
@@ -73,9 +78,9 @@ def check_references(catalog: Catalog) -> None:
             raise CatalogError(f"starter: {name!r} is not the id of a model with weights")
 
 
-def read_family(table: Table) -> dict[str, Any]:
+def read_part(table: Table, known: Sequence[str]) -> dict[str, Any]:
     """As it stands: its values are checked where a model takes them over."""
-    table.allow(FAMILY_KEYS)
+    table.allow(known)
     return table.left
 
 
@@ -116,6 +121,39 @@ def read_model(name: str, table: Table, families: Mapping[str, dict[str, Any]], 
     table.done()
     check_model(table.where, model, has_variants)
     return replace(model, loras={each: read_lora(each, loras.table(each), model) for each in list(loras.left)})
+
+
+def read_demo(model: Model, demos: Mapping[str, dict[str, Any]], own: dict[str, Any], folder: Path) -> Model | None:
+    """The model on its family's demo weights, if it has any. What callers may set is what the model lets them set."""
+    usual = demos.get(model.family or "", {})
+    if model.weights is None or not (usual or own):
+        return None
+    table = Table(f"[demo.{model.family}] for {model.id}", {**usual, **own, "resolutions": [*model.resolutions]})
+    defaults = {key: value for key, value in read_defaults(table.table("defaults")).items() if key in model.defaults}
+    sizes, resolutions = read_all_sizes(table, model.defaults.get("resolution"))
+    if [*map(set, resolutions.values())] != [*map(set, model.resolutions.values())] or set(sizes) != set(model.sizes):
+        raise CatalogError(f"{table.where}: sizes has other aspect ratios than the model")
+    demo = replace(
+        model,
+        id=f"{model.id}+demo",
+        stands_for=model.id,
+        defaults={**model.defaults, **defaults},
+        sizes=sizes,
+        resolutions=resolutions,
+        size_multiple=table.take("size_multiple", int, model.size_multiple),
+        dtype=table.among("dtype", table.take("dtype", str, "float32"), Dtype),
+        dtypes={},
+        quantisation=None,
+        working=read_working(table.table("working")),
+        weights=Source("path", path=str(folder / table.take("path", str))),
+        architecture=table.take("architecture", str, ""),
+        remote={},
+        loras={},
+        weights_gib=None,
+    )
+    table.done()
+    check_model(table.where, demo, has_variants=False)
+    return demo
 
 
 def find_variants(
@@ -168,28 +206,6 @@ def read_credits(table: Table) -> Credits:
     return read
 
 
-def read_working(table: Table) -> Working:
-    """One estimate for the whole run, or a table for each phase, in their order."""
-    if any(isinstance(value, dict) for value in table.left.values()):
-        return Working(phases=tuple(read_phase(name, table.table(name)) for name in list(table.left)))
-    read = Working(table.take("fixed_bytes", int, 0), table.take("bytes_per_pixel", int, 0))
-    table.done()
-    return read
-
-
-def read_phase(name: str, table: Table) -> PhaseWorking:
-    read = PhaseWorking(
-        name=name,
-        components=table.words("components"),
-        fixed_bytes=table.take("fixed_bytes", int, 0),
-        bytes_per_pixel=table.take("bytes_per_pixel", int, 0),
-        bytes_per_pixel_frame=table.take("bytes_per_pixel_frame", int, 0),
-        tiled_bytes=table.take("tiled_bytes", int, None),
-    )
-    table.done()
-    return read
-
-
 def read_quantisation(table: Table) -> Quantisation | None:
     name = table.take("quantisation", str, None)
     return cast(Quantisation, table.among("quantisation", name, Quantisation)) if name else None
@@ -204,38 +220,3 @@ def read_retired(table: Table) -> Retired:
 def read_defaults(table: Table) -> Mapping[str, Any]:
     table.allow(TUNABLE)
     return {key: table.take(key, TUNABLE[key]) for key in list(table.left)}
-
-
-def read_frames(table: Table) -> Frames:
-    rates = tuple(checked(rate, int, f"{table.where}: fps") for rate in table.take("fps", list))
-    read = Frames(table.take("step", int), table.take("max", int), rates)
-    table.done()
-    return read
-
-
-def read_all_sizes(table: Table, usual: str | None) -> tuple[Sizes, Mapping[str, Sizes]]:
-    """The usual sizes, and those of each resolution. `sizes` is by ratio, or by resolution and then by ratio.
-
-    `resolutions` names those of the family's that the model has; else it has all.
-    """
-    names, values = table.words("resolutions"), table.take("sizes", dict, {})
-    where = f"{table.where}: sizes"
-    if not any(isinstance(value, dict) for value in values.values()):
-        return read_sizes(where, values), {}
-    by_resolution = {name: read_sizes(f"{where}.{name}", checked(values[name], dict, where)) for name in values}
-    for name in (*names, *([usual] if usual else [])):
-        if name not in by_resolution:
-            raise CatalogError(f"{where} has no resolution {name}")
-    chosen = {name: by_resolution[name] for name in names or by_resolution}
-    return chosen[usual or next(iter(chosen))], chosen
-
-
-def read_sizes(where: str, values: Mapping[str, Any]) -> Sizes:
-    sizes: dict[str, tuple[int, int]] = {}
-    for ratio, value in values.items():
-        sides = checked(value, list, f"{where}.{ratio}")
-        if len(sides) != 2:
-            raise CatalogError(f"{where}.{ratio} must be [width, height]")
-        width, height = (checked(side, int, f"{where}.{ratio}") for side in sides)
-        sizes[ratio] = (width, height)
-    return sizes

@@ -20,6 +20,12 @@ VRAM is what all weights take plus a run's working memory at the first size give
 once; a smaller one is used in stages. A model that is retired is still asked for; it says so where fal says it is gone.
 """
 
+DEMO = """
+## On demo weights
+
+What a model that is not installed makes on the demo weights that come with the program, see [demo.md](demo.md).
+"""
+
 REMOTE = """
 ## At fal.ai
 
@@ -37,7 +43,12 @@ def page(catalog: Catalog) -> str:
         ("model", "workflow", "endpoint", "shapes", "seconds", "also takes"),
         (row for model in models for row in remote_rows(catalog, model)),
     )
-    return f"{INTRO}\n{here}{REMOTE}\n{there}"
+    demo = table(("model", "sizes", "seconds"), (demo_row(model.demo) for model in models if model.demo))
+    return f"{INTRO}\n{here}{DEMO}\n{demo}{REMOTE}\n{there}"
+
+
+def demo_row(demo: Model) -> Sequence[str]:
+    return f"`{demo.stands_for}`", sizes(demo), seconds_here(demo)
 
 
 def row_of(model: Model) -> Sequence[str]:

@@ -40,9 +40,9 @@ class Backlog:
             user_id=job.user_id,
             weight=job.weight,
             priority=job.priority,
-            expected_s=self._expected_s(job),
+            expected_s=self._expected_s(job, runnable.weights.model),
             created_at=job.created_at,
-            group=group_of(job),
+            group=group_of(job, runnable.weights.model),
             job=job,
             weights=runnable.weights,
             loras=runnable.loras,
@@ -84,19 +84,22 @@ class Backlog:
     def learn(self, queued: Queued, run_s: float) -> Timing:
         """How long such jobs take; those that wait are told, if it is much else than was thought."""
         job = queued.job
-        timing = self.timings.learn(job.model, job.workflow, work_of(shape_of(job.params, job.pixels)), run_s)
+        timing = self.timings.learn(
+            queued.weights.model, job.workflow, work_of(shape_of(job.params, job.pixels)), run_s
+        )
         if not 1 / MUCH < timing.run_s / max(queued.expected_s, 1e-9) < MUCH:
             self.jobs = {job_id: self._expected_anew(each, queued) for job_id, each in self.jobs.items()}
         return timing
 
     def _expected_anew(self, waiting: Queued, like: Queued) -> Queued:
         job = waiting.job
-        if (job.model, job.workflow) != (like.job.model, like.job.workflow):
+        if (waiting.weights.model, job.workflow) != (like.weights.model, like.job.workflow):
             return waiting
-        return replace(waiting, expected_s=self._expected_s(job))
+        return replace(waiting, expected_s=self._expected_s(job, waiting.weights.model))
 
-    def _expected_s(self, job: Job | NewJob) -> float:
-        return self.timings.expect(job.model, job.workflow, work_of(shape_of(job.params, job.pixels)), job.kind)
+    def _expected_s(self, job: Job | NewJob, model: str) -> float:
+        """`model` is what its weights are called: on demo weights it is another."""
+        return self.timings.expect(model, job.workflow, work_of(shape_of(job.params, job.pixels)), job.kind)
 
     def plan(self, devices: Sequence[Device], now: float) -> list[Action]:
         """Nothing starts while the queue is halted."""
@@ -117,9 +120,9 @@ class Backlog:
 
     def promise(self, new: NewJob, runnable: Runnable, workers: Sequence[Worker], now: float) -> float | None:
         """When a job that comes now should start; it is measured how far this was off."""
-        expected_s = self._expected_s(new)
+        expected_s, group = self._expected_s(new, runnable.weights.model), group_of(new, runnable.weights.model)
         job = Waiting(
-            new.id, runnable.need, new.user_id, new.weight, expected_s=expected_s, created_at=now, group=group_of(new)
+            new.id, runnable.need, new.user_id, new.weight, expected_s=expected_s, created_at=now, group=group
         )
         return self.places(workers, now, job)[new.id].start_at
 
@@ -156,6 +159,6 @@ def title(index: int, worker: Worker) -> str:
     return "the CPU" if worker.supervisor.device.torch_device == "cpu" else f"GPU {index}"
 
 
-def group_of(job: Job | NewJob) -> str:
+def group_of(job: Job | NewJob, model: str) -> str:
     """Equal for jobs of one model, workflow and amount of work."""
-    return f"{job.model} {job.workflow} {work_of(shape_of(job.params, job.pixels))}"
+    return f"{model} {job.workflow} {work_of(shape_of(job.params, job.pixels))}"

@@ -301,7 +301,7 @@ class Dispatcher:
 
     async def _take_up(self, job: Job) -> None:
         try:
-            runnable = self.shelf.runnable(job.model, job.pixels, job.params)
+            runnable = self.shelf.runnable(job.model, job.pixels, job.params, job.weights)
         except PlantainError as gone:
             await self.store.call(self.store.fail, job.id, error_of(gone), self.clock())
         else:
@@ -309,11 +309,11 @@ class Dispatcher:
 
     def _recall(self, job: Job, forced: Forced) -> None:
         try:
-            need = self.shelf.runnable(job.model, job.pixels, job.params).need
+            runnable = self.shelf.runnable(job.model, job.pixels, job.params, job.weights)
         except PlantainError:
             return  # the model is not here any more
         shape = shape_of(job.params, job.pixels)
-        self.memory.recall(job.model, need, forced.way, shape, forced.budget_bytes)
+        self.memory.recall(runnable.weights.model, runnable.need, forced.way, shape, forced.budget_bytes)
 
     def _fell(self, loop: asyncio.Task[None]) -> None:
         """A bug, since nothing else ends the loop: say so to whoever asks, and take the queue up at the next start."""

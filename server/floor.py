@@ -207,11 +207,11 @@ class Floor:
     async def _learn(self, worker: Worker, peaks: Sequence[Peak]) -> None:
         """What the run took, for the jobs to come."""
         if worker.runs and peaks:
-            job = worker.runs.job
+            job, model = worker.runs.job, worker.runs.weights.model
             shape = shape_of(job.params, job.pixels)
-            for row in await self.write(self.memory.learn, job.id, job.model, shape, peaks, self.clock()):
+            for row in await self.write(self.memory.learn, job.id, model, shape, peaks, self.clock()):
                 self.memory.peaks.add(row)
-            self.memory.demote(job.id, job.model, shape, worker.view)
+            self.memory.demote(job.id, model, shape, worker.view)
 
     async def _learn_time(self, ran: Queued | None, run_s: float) -> None:
         """How long such jobs take, but for the weights that this one had to wait for."""

@@ -129,6 +129,7 @@ class Intake:
         if message:
             raise InvalidBody(f"loras: {message}.", issues=[{"path": "loras", "message": message}])
         self.shelf.loras(model, ids)
+        self.shelf.weights(model)
         return "local-only"
 
     async def _store(self, body: Body, own_bases: Sequence[str], inputs: Inputs) -> None:
@@ -142,7 +143,8 @@ class Intake:
 
     async def _submit(self, order: Order, inputs: Inputs, route: Route) -> Accepted:
         here = self.shelf.chosen(order.model, order.workflow, order.body.given.get("resolution"))
-        resolved = resolve(here, order.workflow, order.body, inputs.images, inputs.footage)
+        demo = self.shelf.demo(here)
+        resolved = resolve(demo or here, order.workflow, order.body, inputs.images, inputs.footage)
         params = resolved.params.model_dump(mode="json", by_alias=True)
         new = replace(
             self._job(order, inputs, params, resolved.ignored, SUFFIXES[params.get("outputFormat", "png")]),
@@ -150,8 +152,9 @@ class Intake:
             pixels=resolved.pixels,
             credits=price_of(order.model, {**params, **resolved.priced}),
             overflow=self._overflow(order, inputs, route),
+            weights="demo" if demo else "installed",
         )
-        runnable = self.shelf.runnable(here.id, resolved.pixels, params)
+        runnable = self.shelf.runnable(here.id, resolved.pixels, params, new.weights)
         job, balance = await self.dispatcher.submit(new, runnable)
         return Accepted(job, balance, resolved.ignored)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Origin = Literal["installed", "demo"]
+"""Where the weights come from that a job is planned with, and runs with whatever is installed meanwhile."""
 FINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 MAX_ATTEMPTS = 2
 """A job whose worker dies under it runs again once."""
@@ -47,6 +49,7 @@ class NewJob:
     remote_endpoint: str | None = None
     overflow: Mapping[str, Any] | None = None
     weight: float = 1.0
+    weights: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Job:
     weight: float = 1.0
     promised_start_at: float | None = None
     overflow: Mapping[str, Any] | None = None
+    weights: Origin | None = None
 
     @property
     def is_final(self) -> bool:

@@ -279,3 +279,9 @@ CREATE TABLE halt (
     since_at REAL NOT NULL
 ) WITHOUT ROWID
 """
+
+
+@migrations(name="0008_weights")
+def weights(db: Database) -> None:
+    """Whether a job was planned with installed weights or with demo weights."""
+    db.execute("ALTER TABLE job ADD COLUMN weights TEXT")

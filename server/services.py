@@ -72,7 +72,7 @@ def make(
     with store.atomic() as db:
         first_key = accounts.create_owner(db, clock())
     files = Files(settings.files)
-    shelf = Shelf(Catalog.load(settings.weights_toml), Installed(settings.weights))
+    shelf = Shelf(Catalog.load(settings.weights_toml), Installed(settings.weights, settings.demo))
     media = Media(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
     devices = inventory(settings.budget_bytes) if devices is None else devices
     desk = remote.make(settings, shelf.catalog, files, clock, timing)

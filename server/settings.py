@@ -31,6 +31,8 @@ class Settings:
     """Forbid every connection to the outside: downloads, fal.ai, and input URLs on other hosts."""
     weights_toml: Path = PROJECT / "weights.toml"
     """The catalogue of models."""
+    demo: bool = True
+    """Run models that are not installed on the demo weights that come with the program, and say so."""
     max_queued: int = 10_000
     """Jobs that may wait; one more is refused with 503."""
     max_queued_each: int = 1_000
@@ -97,6 +99,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, o
         "public_url": str,
         "offline": _boolean,
         "weights_toml": Path,
+        "demo": _boolean,
         "max_queued": int,
         "max_queued_each": int,
         "stop_patience_s": float,

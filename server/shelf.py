@@ -9,6 +9,7 @@ from pipelines.base import Component, Weights
 from pipelines.catalog import Catalog, Model, UnknownModel
 from pipelines.installed import Installed
 from server.errors import InvalidBody, ModelNotFound, ModelNotInstalled, RemoteUnavailable, UnsupportedResolution
+from server.jobs import Origin
 from server.peaks import Peaks
 from server.vram import Need, beside, component_bytes, need_of, shape_of
 
@@ -55,6 +56,10 @@ class Shelf:
             )
         return next(filter(self._is_here, able), able[-1])
 
+    def demo(self, model: Model) -> Model | None:
+        """What runs in its stead: the model on demo weights, where its own were never installed and there are some."""
+        return self.installed.stand_in(model)
+
     def weights(self, model: Model) -> Weights:
         """Raises ModelNotInstalled, or RemoteUnavailable for a model that runs on fal.ai only."""
         if model.runs_on == "fal":
@@ -63,16 +68,21 @@ class Shelf:
             )
         weights = self.installed.weights(model)
         if weights is None:
-            raise ModelNotInstalled(
-                f"{model.name} is not installed here. To install it: plantain pull {model.id}",
-                model=model.id,
-                install=f"plantain pull {model.id}",
-            )
+            raise not_installed(model.stands_for or model.id, model.name)
         return weights
 
-    def runnable(self, model_id: str, pixels: int, params: Mapping[str, Any] | None = None) -> Runnable:
-        """What a run with `pixels` output pixels (of a video, in a frame) takes. Raises as `find` and `weights` do."""
+    def runnable(
+        self, model_id: str, pixels: int, params: Mapping[str, Any] | None = None, origin: Origin | None = None
+    ) -> Runnable:
+        """What a run with `pixels` output pixels (of a video, in a frame) takes. Raises as `find` and `weights` do.
+
+        `origin` is that of the weights that it is, or was, planned with: no others are taken in their place.
+        """
         model = self.find(model_id)
+        if origin == "demo":
+            if model.demo is None:
+                raise not_installed(model.id, model.name)
+            model = model.demo
         weights = self.weights(model)
         shape = shape_of(params or {}, pixels)
         learned = self.peaks.learned(model.id, model.working, shape) if self.peaks else {}
@@ -94,17 +104,27 @@ class Shelf:
         return found
 
     def users(self) -> dict[str, list[str]]:
-        """The installed models that use each component, by its key."""
+        """The models that use each component, by its key."""
         found: dict[str, list[str]] = defaultdict(list)
         for model in self.catalog.models.values():
-            weights = self.installed.weights(model)
+            weights = self.installed.weights(self.demo(model) or model)
             for key in {component.key for component in weights.components} if weights else ():
                 found[key].append(model.id)
         return found
 
     def families(self) -> list[str]:
-        """Families with weights installed: those that a worker does well to import ahead of need."""
-        return sorted({model.family for model in self.catalog.models.values() if self._is_here(model) and model.family})
+        """Families with weights: those that a worker does well to import ahead of need."""
+        here = [model for model in self.catalog.models.values() if self._is_here(model) or self.demo(model)]
+        return sorted({model.family for model in here if model.family})
+
+    def on_demo(self) -> list[str]:
+        """The models that run on demo weights."""
+        return [model.id for model in self.catalog.models.values() if self.installed.status(model) == "demo"]
 
     def _is_here(self, model: Model) -> bool:
         return self.installed.status(model) == "installed"
+
+
+def not_installed(model_id: str, name: str) -> ModelNotInstalled:
+    install = f"plantain pull {model_id}"
+    return ModelNotInstalled(f"{name} is not installed here. To install it: {install}", model=model_id, install=install)

@@ -81,6 +81,7 @@ class Store:
             "overflow": json.dumps(new.overflow) if new.overflow else None,
             "weight": new.weight,
             "promised_start_at": promised_start_at,
+            "weights": new.weights,
         }
         with self.atomic() as db:
             idempotency.claim(db, new, now)
@@ -116,7 +117,7 @@ class Store:
         """
         return self._changed(
             "UPDATE job SET status = 'queued', device = NULL, started_at = NULL, promised_start_at = NULL,"
-            " attempts = attempts - (status = 'running'), served_by = 'fal', overflow = NULL,"
+            " attempts = attempts - (status = 'running'), served_by = 'fal', overflow = NULL, weights = NULL,"
             " remote_endpoint = json_extract(overflow, '$.endpoint'), params = json_extract(overflow, '$.params')"
             " WHERE id = :id AND status IN ('queued', 'running') AND overflow IS NOT NULL RETURNING *",
             {"id": job_id},

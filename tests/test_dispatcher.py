@@ -98,7 +98,7 @@ def runnable(model: str, weights: int = 10, working: int = 5) -> Runnable:
 @asynccontextmanager
 async def bench(tmp_path: Path, devices: int = 1, **options: Any) -> AsyncIterator[Bench]:
     store = Store(tmp_path / "plantain.sqlite")
-    shelf: Any = SimpleNamespace(families=list, runnable=lambda model, pixels, params: runnable(model))
+    shelf: Any = SimpleNamespace(families=list, runnable=lambda model, *_: runnable(model))
     budget_bytes = options.pop("budget_bytes", 25)
     specs = [DeviceSpec(f"gpu{n}", "GPU", "cpu", 4 * budget_bytes, budget_bytes) for n in range(devices)]
     spawn: Any = Recorder
@@ -315,7 +315,7 @@ def test_the_queue_outlives_the_server(tmp_path: Path):
 
     async def second() -> list[str]:
         store = Store(tmp_path / "plantain.sqlite")
-        shelf: Any = SimpleNamespace(families=list, runnable=lambda model, pixels, params: runnable(model))
+        shelf: Any = SimpleNamespace(families=list, runnable=lambda model, *_: runnable(model))
         spec = DeviceSpec("gpu0", "GPU", "cpu", 100, 25)
         spawn: Any = Recorder
         dispatcher = Dispatcher(store, Files(tmp_path / "files"), shelf, [spec], spawn=spawn)

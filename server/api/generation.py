@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pipelines.params import Body
 from server.accounts import Caller
 from server.api.entrance import read_books
-from server.api.jobs import job_json, output_json
+from server.api.jobs import job_json, output_json, weights_header
 from server.api.once import accept_once
 from server.errors import ConcurrencyLimit, GenerationFailed, JobWasCancelled, PlantainError, from_code
 from server.intake import Accepted
@@ -66,6 +66,7 @@ def _headers(accepted: Accepted, balance: int) -> dict[str, str]:
         "X-Credits-Charged": str(accepted.job.credits),
         "X-Credits-Remaining": str(balance),
         "Vary": "Prefer",
+        **weights_header(accepted.job),
     }
     if accepted.ignored:
         headers["X-Ignored-Fields"] = ", ".join(sorted(map(_token, accepted.ignored)))
@@ -81,6 +82,7 @@ def _failure(job: Job, balance: int) -> PlantainError:
     error = job.error or {}
     cls = from_code(error.get("code", ""), JobWasCancelled if job.status == "cancelled" else GenerationFailed)
     headers = {"X-Job-Id": job.id, "X-Credits-Charged": "0", "X-Credits-Remaining": str(balance)}
+    headers |= weights_header(job)
     extra = {name: value for name, value in error.items() if name not in ("error", "code")}
     extra |= {"refunded": job.credits, "balance": balance, "jobId": job.id}
     return cls(error.get("error", cls.title), headers=headers, **extra)

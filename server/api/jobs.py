@@ -36,7 +36,8 @@ async def list_jobs(
 
 @router.get("/api/jobs/{job_id}")
 async def read_job(job_id: str, caller: Authenticated, served: Served, base_url: BaseUrl) -> JSONResponse:
-    return JSONResponse(job_json(served, await own_job(served, caller, job_id), base_url))
+    job = await own_job(served, caller, job_id)
+    return JSONResponse(job_json(served, job, base_url), headers=weights_header(job))
 
 
 @router.post("/api/jobs/{job_id}/cancel")
@@ -45,7 +46,8 @@ async def cancel_job(job_id: str, caller: Stopper, served: Served, base_url: Bas
     job = await own_job(served, caller, job_id)
     if not job.is_final:
         job = await served.dispatcher.cancel(job_id)
-    return JSONResponse(job_json(served, job, base_url), status_code=200 if job.is_final else 202)
+    status = 200 if job.is_final else 202
+    return JSONResponse(job_json(served, job, base_url), status_code=status, headers=weights_header(job))
 
 
 async def own_job(served: Services, caller: Caller, job_id: str) -> Job:
@@ -59,6 +61,11 @@ async def own_job(served: Services, caller: Caller, job_id: str) -> Job:
     return job
 
 
+def weights_header(job: Job) -> dict[str, str]:
+    """Demo weights are never used in silence."""
+    return {"X-Weights": job.weights} if job.weights == "demo" else {}
+
+
 def job_json(served: Services, job: Job, base_url: str) -> dict[str, Any]:
     """The job as callers see it; parts that do not apply are null."""
     return {
@@ -70,6 +77,7 @@ def job_json(served: Services, job: Job, base_url: str) -> dict[str, Any]:
         "progress": _progress(served, job),
         "queue": _queue(served, job),
         "servedBy": job.served_by,
+        "weights": job.weights,
         "device": job.device,
         "credits": job.credits,
         "createdAt": iso(job.created_at),

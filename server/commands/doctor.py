@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipelines.base import UnusableWeights
 from pipelines.catalog import WEIGHTS_TOML, Catalog, Model
-from pipelines.installed import Installed
+from pipelines.installed import Installed, Status
 from server import checkup
 from server.devices import DeviceSpec, inventory
 from server.remote.parts import why_not
@@ -59,7 +60,7 @@ def examine(settings: Settings, catalog: Catalog, devices: list[DeviceSpec]) -> 
         yield Finding("note", "device", "no CUDA device: everything runs on the CPU, slowly")
     yield _disk(settings.data)
     yield from (Finding(state, "database", text) for state, text in checkup.database(settings))
-    yield from _weights(catalog, Installed(settings.weights))
+    yield from dict.fromkeys(_weights(catalog, Installed(settings.weights, settings.demo)))  # models share demo weights
     yield from _remote(settings, catalog, datetime.now(UTC).date().isoformat())
 
 
@@ -79,12 +80,18 @@ def _disk(data: Path) -> Finding:
 
 def _weights(catalog: Catalog, here: Installed) -> Iterator[Finding]:
     for model in catalog.models.values():
-        if model.weights is None:
-            continue
-        if here.status(model) == "installed":
-            yield Finding("ok", "weights", f"{model.id} is installed; {model.licence}{_terms(model)}")
-        else:
-            yield Finding("note", "weights", f"{model.id} is missing: plantain pull {model.id}{_terms(model)}")
+        if model.weights is not None:
+            try:
+                yield _weights_of(model, here.status(model))
+            except UnusableWeights as error:
+                yield Finding("bad", "weights", str(error))
+
+
+def _weights_of(model: Model, status: Status) -> Finding:
+    if status == "installed":
+        return Finding("ok", "weights", f"{model.id} is installed; {model.licence}{_terms(model)}")
+    what = "runs on demo weights; the real ones" if status == "demo" else "is missing"
+    return Finding("note", "weights", f"{model.id} {what}: plantain pull {model.id}{_terms(model)}")
 
 
 def _terms(model: Model) -> str:

@@ -12,6 +12,7 @@ import typer
 import uvicorn
 from rich.console import Console
 
+from pipelines.base import UnusableWeights
 from pipelines.catalog import Catalog
 from pipelines.weights.errors import PullError
 from pipelines.weights.pull import installed
@@ -39,10 +40,13 @@ def serve(
     open_to_the_network: Annotated[
         bool | None, typer.Option("--open-to-the-network", help="Let --open listen where others can reach it.")
     ] = None,
+    demo: Annotated[
+        bool | None, typer.Option("--demo/--no-demo", help="Demo weights for what is not installed. [on]")
+    ] = None,
 ) -> None:
     """Serve the API. Options win over `PLANTAIN_…` environment variables."""
     chosen = {"host": host, "port": port, "data": data, "offline": offline, "public_url": public_url}
-    chosen |= {"open": open_, "open_to_the_network": open_to_the_network}
+    chosen |= {"open": open_, "open_to_the_network": open_to_the_network, "demo": demo}
     settings = Settings(**{**from_environment(), **{k: v for k, v in chosen.items() if v is not None}})  # type: ignore[arg-type]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -69,7 +73,7 @@ def _make(settings: Settings) -> services.Services:
         open_mode.check_settings(settings)
         _fetch_starter(settings)
         return services.make(settings)
-    except SettingsError as error:
+    except (SettingsError, UnusableWeights) as error:
         raise typer.Exit(_complain(str(error))) from None
 
 
@@ -110,6 +114,12 @@ def _greet(settings: Settings, made: services.Services) -> None:
     for worker in made.dispatcher.workers.values():
         device = worker.supervisor.device
         console.print(f"  {device.name} ({device.id}): {device.budget_bytes / 2**30:.1f} GiB to give out")
+    if on_demo := made.shelf.on_demo():
+        console.print(
+            f"On demo weights, which draw simple shapes: {', '.join(on_demo)}. "
+            "The real ones: plantain pull MODEL. Without the demo: --no-demo",
+            style="yellow",
+        )
     if made.first_key:
         console.print(f"\nYour API key, shown this once: [bold]{made.first_key}[/bold]")
     if settings.open:

@@ -19,6 +19,7 @@ from pipelines.weights.install import OnProgress, Progress
 from pipelines.weights.pull import installed
 from pipelines.weights.pull import pull as pull_weights
 from pipelines.weights.verify import verify as verify_weights
+from pipelines.weights.verify import verify_demo
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -28,6 +29,9 @@ Offline = Annotated[bool, typer.Option("--offline", envvar="PLANTAIN_OFFLINE", h
 AcceptLicence = Annotated[bool, typer.Option("--accept-licence", help="Accept a non-commercial licence, on record.")]
 WeightsToml = Annotated[
     Path, typer.Option("--weights-toml", envvar="PLANTAIN_WEIGHTS_TOML", help="The catalogue of models.")
+]
+Demo = Annotated[
+    bool, typer.Option("--demo/--no-demo", envvar="PLANTAIN_DEMO", help="With demo weights, or as if none.")
 ]
 DEFAULT_DATA = Path("data")
 
@@ -77,13 +81,20 @@ def pull_each(models: list[Model], root: Path, offline: bool, accept_licence: bo
             )
 
 
-def verify(data: DataFolder = DEFAULT_DATA) -> None:
-    """Read every installed file again and compare it with what was recorded."""
+def verify(data: DataFolder = DEFAULT_DATA, weights_toml: WeightsToml = WEIGHTS_TOML) -> None:
+    """Read every installed file, and the demo weights, and compare them with what was recorded."""
+
+    def show(model: str, file: Path) -> None:
+        typer.echo(f"{model}: {file.name}", err=True)
+
     with told():
-        problems = verify_weights(data / "weights", lambda model, file: typer.echo(f"{model}: {file.name}", err=True))
+        problems = verify_weights(data / "weights", show)
+        demo_problems = verify_demo(Catalog.load(weights_toml), show)
     for problem in problems:
         typer.echo(f"{problem.model}: {problem.file}: {problem.what} is wrong. Pull {problem.model} again.")
-    if problems:
+    for problem in demo_problems:
+        typer.echo(f"{problem.model}: {problem.file}: {problem.what} is wrong. It comes with the program: restore it.")
+    if problems or demo_problems:
         raise typer.Exit(1)
     typer.echo("All weights are what they should be.")
 
@@ -112,12 +123,13 @@ def import_(
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="What runs take: estimated, measured, expected.")] = False,
+    demo: Demo = True,
     data: DataFolder = DEFAULT_DATA,
     weights_toml: WeightsToml = WEIGHTS_TOML,
 ) -> None:
     """List the models: where they run, and whether their weights are installed."""
     with told():
-        catalog, here = Catalog.load(weights_toml), Installed(data / "weights")
+        catalog, here = Catalog.load(weights_toml), Installed(data / "weights", demo)
         if memory:
             show_memory(catalog, here, data, as_json)
             return

@@ -4,7 +4,7 @@ from typing import Literal, cast, get_args
 
 from pipelines.catalog import Model
 from pipelines.params import PARAMS
-from server.errors import InvalidBody, PlantainError, RemoteUnavailable, UnsupportedWorkflow
+from server.errors import InvalidBody, ModelNotInstalled, PlantainError, RemoteUnavailable, UnsupportedWorkflow
 from server.remote.desk import Desk
 from server.settings import Route
 from server.shelf import Shelf
@@ -33,6 +33,8 @@ def choose(model: Model, workflow: str, route: Route, shelf: Shelf, desk: Desk, 
     2. `local-only`: here.
     3. `prefer-local`: here if it is installed; else at fal, if there is an endpoint and a key. Without them the error
        says how to have it here, or, for what runs nowhere else, why fal is out of reach.
+
+    Where that error would be that it is not installed here, it runs here on demo weights, if there are any.
     """
     if route == "remote-only":
         return _at_fal(model, workflow, desk)
@@ -41,6 +43,8 @@ def choose(model: Model, workflow: str, route: Route, shelf: Shelf, desk: Desk, 
         return "local"
     if route == "prefer-local" and workflow in model.remote and (desk.connected or not could_run_here(model, workflow)):
         return _at_fal(model, workflow, desk)
+    if isinstance(trouble, ModelNotInstalled) and shelf.demo(shelf.chosen(model, workflow, resolution)):
+        return "local"
     raise trouble
 
 

@@ -1,0 +1,20 @@
+"""A catalogue with demo weights: the real one, beside tiny random weights in the layout of the demo's."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from pipelines.catalog import WEIGHTS_TOML
+from server.settings import PROJECT, Settings
+from tests import tiny, tiny_video
+
+
+def furnish(folder: Path) -> Settings:
+    """A new server's settings: nothing is installed."""
+    weights = folder / "weights" / "demo"
+    tiny.make_flux(weights / "flux", "schnell")
+    tiny_video.make_wan(weights / "wan", "vace")
+    tiny_video.make_ltx(weights / "ltx")
+    subprocess.run([PROJECT / "scripts/sums", weights], check=True)
+    shutil.copy(WEIGHTS_TOML, folder)
+    return Settings(data=folder / "data", weights_toml=folder / "weights.toml")
