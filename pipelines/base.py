@@ -132,6 +132,19 @@ class Peak:
     weights_bytes: int
 
 
+@dataclass(frozen=True)
+class Loader:
+    """How a family loads a component when no run asks for it yet.
+
+    `apart`: what loads it changes torch for its whole process, so that no other run may be in that one. Without `packs`
+    it is made on the device at once (an ONNX session), and there is nothing that host memory could keep.
+    """
+
+    load: Callable[[Component], Any]
+    apart: bool = False
+    packs: bool = True
+
+
 class Pipeline(Protocol):
     """A family's object, able to `generate`. Built by the family module's `build(weights, residency)`."""
 

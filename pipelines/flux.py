@@ -11,7 +11,7 @@ from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
-from pipelines.base import BadOutput, InvalidInput, OnStep, UnusableWeights, Weights
+from pipelines.base import BadOutput, InvalidInput, Loader, OnStep, UnusableWeights, Weights
 from pipelines.embeddings import tokenizer_key
 from pipelines.images import open_image
 from pipelines.loading import architecture_of, load_component, load_small, read_json
@@ -31,6 +31,11 @@ TRUE_GUIDANCE_SCALE = 2.0
 def build(weights: Weights, residency: Residency) -> "Flux":
     """The adapter for one model; its components come to the device when a run needs them."""
     return Flux(weights, residency)
+
+
+def loader(weights: Weights, device: torch.device) -> Loader:
+    """Diffusers' and transformers' `from_pretrained`: in a process of its own while a run is in this one."""
+    return Loader(load_component, apart=True)
 
 
 class Flux:

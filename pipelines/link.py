@@ -1,6 +1,7 @@
 """The way from the host's memory to the device's: copies in order on a stream of their own, waited for by events."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -37,6 +38,22 @@ class Link:
         """Whatever is computed from here on waits for all copies; memory that they write to may then be freed."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+
+class SideLink(Link):
+    """Copies beside a run that must not wait for them: one at a time, on a stream of its own, to its end.
+
+    `check` is asked before each one: it waits while the run moves weights itself, and raises to stop.
+    """
+
+    def __init__(self, device: torch.device, check: Callable[[], None]) -> None:
+        super().__init__(device)
+        self._check = check
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        self._check()
+        if arrived := super().copy(to, source):
+            arrived.synchronize()
 
 
 def measured_bytes_per_s(device: torch.device) -> float | None:

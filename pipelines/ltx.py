@@ -11,7 +11,7 @@ from diffusers import LTXConditionPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
-from pipelines.base import InvalidInput, OnStep, UnusableWeights, Weights
+from pipelines.base import InvalidInput, Loader, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
 from pipelines.embeddings import tokenizer_key
 from pipelines.loading import architecture_of, load_component, load_small
@@ -44,6 +44,11 @@ DECODE_TIMESTEP, DECODE_NOISE = 0.05, 0.025
 def build(weights: Weights, residency: Residency) -> "Ltx":
     """The adapter for one model; its components come to the device when a run needs them."""
     return Ltx(weights, residency)
+
+
+def loader(weights: Weights, device: torch.device) -> Loader:
+    """Diffusers' and transformers' `from_pretrained`: in a process of its own while a run is in this one."""
+    return Loader(load_component, apart=True)
 
 
 class Ltx:

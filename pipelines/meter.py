@@ -16,7 +16,9 @@ RESET_PEAK = "5"
 
 
 class Gauge(Protocol):
-    def reset(self) -> None: ...
+    def reset(self, give_back: bool = True) -> None:
+        """The peak is what is taken now; what is free but kept for later goes back to the system first, or stays."""
+        ...
 
     def peaks(self) -> tuple[int, int]:
         """(taken, in use) at most since the last reset; with the weights, and on a CPU with the whole process."""
@@ -26,8 +28,9 @@ class Gauge(Protocol):
 class CudaGauge:
     """What the allocator took from the device: that decides whether another program's memory is left alone."""
 
-    def reset(self) -> None:
-        torch.cuda.empty_cache()  # else a phase answers for what the one before it had
+    def reset(self, give_back: bool = True) -> None:
+        if give_back:
+            torch.cuda.empty_cache()  # else a phase answers for what the one before it had
         torch.cuda.reset_peak_memory_stats()
 
     def peaks(self) -> tuple[int, int]:
@@ -37,9 +40,9 @@ class CudaGauge:
 class ProcessGauge:
     """The process's resident set, as Linux counts it; files that are mapped count while they are read."""
 
-    def reset(self) -> None:
+    def reset(self, give_back: bool = True) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim:
+        if trim and give_back:
             trim(0)  # else memory that was freed and kept for the next run would be nobody's
         CLEAR_REFS.write_text(RESET_PEAK)
 
@@ -63,7 +66,8 @@ def gauge_for(device: torch.device) -> Gauge | None:
 class Meter:
     """For one run at a time. What a phase had before and after weights were loaded counts, the loading itself does not.
 
-    `weights_bytes` tells what the weights take now: on a CPU in the process, else on the device.
+    `weights_bytes` tells what the weights take now: on a CPU in the process, else on the device. While `blind`, nothing
+    is written down: something that is not the run's takes memory of the process.
     """
 
     def __init__(self, gauge: Gauge | None, weights_bytes: Callable[[], int]) -> None:
@@ -71,6 +75,7 @@ class Meter:
         self._found: dict[str, Peak] = {}
         self._phase: str | None = None
         self._base_bytes = 0
+        self.blind = False
 
     def begin(self) -> None:
         """A run starts: what the process has now, less the weights, is nobody's working memory."""
@@ -86,7 +91,7 @@ class Meter:
 
     def lap(self) -> None:
         """Write down the peak since the last restart."""
-        if self._gauge is None or self._phase is None:
+        if self._gauge is None or self._phase is None or self.blind:
             return
         weights_bytes = self._weights_bytes()
         beside = [max(0, peak - self._base_bytes - weights_bytes) for peak in self._gauge.peaks()]
@@ -94,9 +99,9 @@ class Meter:
         if last is None or beside[0] > last.working_bytes:
             self._found[self._phase] = Peak(self._phase, beside[0], beside[1], weights_bytes)
 
-    def restart(self) -> None:
+    def restart(self, give_back: bool = True) -> None:
         if self._gauge:
-            self._gauge.reset()
+            self._gauge.reset(give_back)
 
     def end(self) -> tuple[Peak, ...]:
         """The peaks of the run, in the order of its phases."""

@@ -2,7 +2,7 @@
 
 import logging
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,17 +78,23 @@ class PackedModule:
     The module object outlives its weights' moves. Tensors that share memory (tied weights) go on sharing it.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.loaded = module
-        self.layout = lay_out(module)
-        self.host = host_buffer(self.layout.total_bytes)
+    def __init__(self, loaded: torch.nn.Module, layout: Layout, host: torch.Tensor) -> None:
+        """Of a module that is packed already: its tensors point into `host`, as `layout` says."""
+        self.loaded, self.layout, self.host = loaded, layout, host
         self.page_locked = False
         self.kept_bytes: int | None = None
         self._lodging: Any = None
-        for place in self.layout.places:
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, buffer: Callable[[int], torch.Tensor] | None = None) -> "PackedModule":
+        """Copy the module's tensors into one new buffer, made by `buffer` of so many bytes."""
+        layout = lay_out(module)
+        host = (buffer or host_buffer)(layout.total_bytes)
+        for place in layout.places:
             loaded = place.tensor.data
-            place.point(self.host)
+            place.point(host)
             place.tensor.data.copy_(loaded)
+        return cls(module, layout, host)
 
     @property
     def weights_bytes(self) -> int:
@@ -98,6 +104,10 @@ class PackedModule:
     def device_bytes(self) -> int:
         """What it takes on the device now; where the host is the device, the host's copy."""
         return self._lodging.size_bytes if self._lodging else self.host.nbytes
+
+    def touch(self) -> None:
+        """Have every page of the host's buffer in this process's resident set, where another one has filled it."""
+        self.host[:: mmap.PAGESIZE].sum()
 
     def page_lock(self, device: torch.device) -> None:
         """Page-lock the host buffer, so that the device reads it at the link's full rate; slower where that fails."""
@@ -137,9 +147,10 @@ class PackedModule:
 class Whole:
     """All of a module on the device. Blocks arrive in the order of their runs: the first need not wait for the last."""
 
-    def __init__(self, packed: PackedModule, link: Link) -> None:
+    def __init__(self, packed: PackedModule, link: Link, buffer: torch.Tensor | None = None) -> None:
+        """`buffer` is on the device, as large as the host's."""
         layout, host, self._link = packed.layout, packed.host, link
-        self._buffer = torch.empty_like(host, device=link.device)
+        self._buffer = torch.empty_like(host, device=link.device) if buffer is None else buffer
         link.after_work()
         link.wait(link.copy(self._buffer[: layout.outside_bytes], host[: layout.outside_bytes]))
         self._hooks = []

@@ -15,7 +15,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, Invalid
 from PIL import Image
 from rembg.sessions import sessions
 
-from pipelines.base import Component, OnStep, UnusableWeights, Weights
+from pipelines.base import Component, Loader, OnStep, UnusableWeights, Weights
 from pipelines.images import open_image
 from pipelines.params import RemoveBackground
 from pipelines.residency import Residency
@@ -27,6 +27,11 @@ REFUSALS = (NoSuchFile, InvalidProtobuf, InvalidGraph, InvalidArgument)
 def build(weights: Weights, residency: Residency) -> "Rembg":
     """The adapter for one model; its session is opened when a run needs it."""
     return Rembg(weights, residency)
+
+
+def loader(weights: Weights, device: torch.device) -> Loader:
+    """rembg's session, opened on the device."""
+    return Loader(lambda component: open_session(weights.model, component.path, device), packs=False)
 
 
 class Rembg:

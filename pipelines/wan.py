@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
 
-from pipelines.base import OnStep, UnusableWeights, Weights
+from pipelines.base import Loader, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
 from pipelines.embeddings import tokenizer_key
 from pipelines.loading import architecture_of, load_component, load_small, read_json
@@ -25,6 +25,11 @@ SHIFTED_PIXELS = 600_000
 def build(weights: Weights, residency: Residency) -> "Wan":
     """The adapter for one variant; its components come to the device when a run needs them."""
     return Wan(weights, residency)
+
+
+def loader(weights: Weights, device: torch.device) -> Loader:
+    """Diffusers' and transformers' `from_pretrained`: in a process of its own while a run is in this one."""
+    return Loader(load_component, apart=True)
 
 
 class Wan:

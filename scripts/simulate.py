@@ -4,21 +4,31 @@ Makespan is told over a proven lower bound, bytes over the least that any order 
 """
 
 import argparse
+import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 from scripts import baselines, timeline, workloads
-from server.fairness import jain, max_min
+from server.fairness import Shares, jain, max_min
 from server.placement import Device
-from server.scheduler import Policy, Waiting, plan
+from server.scheduler import Action, Policy, Waiting, plan
 from server.simulation import Decide, Run, World
+
+
+def no_prefetch(
+    waiting: Sequence[Waiting], devices: Sequence[Device], now: float, shares: Shares, policy: Policy = Policy()
+) -> list[Action]:
+    """The plan, but that each job's weights load when it starts."""
+    return plan(waiting, devices, now, shares, replace(policy, worth_bytes=math.inf))
+
 
 ORDERS: Mapping[str, Decide] = {
     "plantain": plan,
+    "no prefetch": no_prefetch,
     "FIFO": baselines.fifo,
     "LRU": baselines.lru,
     "exhaustive": baselines.exhaustive,
@@ -41,22 +51,29 @@ def main() -> None:
     options = parsed()
     names = list(workloads.WORKLOADS) if options.workload == "all" else [options.workload]
     for name in names:
-        print(f"\n{name}: {options.devices} devices of {options.budget:g} GB, {options.link:g} GB/s")
+        print(f"\n{name}: {options.devices} devices of {options.budget:g} GB, {options.link:g} GB/s{disk_of(options)}")
         print(" " * 16 + "makespan  x bound switches x bytes    mean     p95     max  Jain")
         for order, decide in ORDERS.items():
             show(order, *median([lived(name, options, decide, seed) for seed in range(options.seeds)]))
 
 
+def disk_of(options: argparse.Namespace) -> str:
+    return f", {options.host or math.inf:g} GB of copies each, disk {options.disk:g} GB/s" if options.disk else ""
+
+
 def lived(name: str, options: argparse.Namespace, decide: Decide, seed: int) -> Figures:
     jobs = made(name, options, seed)
-    boxes = workloads.devices(options.devices, options.budget, options.link)
-    if decide is plan:
+    boxes = workloads.devices(options.devices, options.budget, options.link, options.host)
+    draws = options.svg and decide is plan
+    if decide in (plan, no_prefetch):
         policy = Policy(**{field.name: getattr(options, field.name) for field in fields(Policy)})
-        decide = partial(plan, policy=policy)
-    runs = World(decide, {box.id: box for box in boxes}).live(jobs)
-    if options.svg and isinstance(decide, partial):
+        decide = partial(decide, policy=policy)
+    disk = options.disk * workloads.GB if options.disk else math.inf
+    world = World(decide, {box.id: box for box in boxes}, disk_bytes_per_s=disk)
+    runs = world.live(jobs)
+    if draws:
         Path(options.svg).write_text(timeline.svg(runs, [box.id for box in boxes]))
-    return figures(jobs, boxes, runs)
+    return figures(jobs, boxes, runs, [size for _, size in world.fetched])
 
 
 def median(all_figures: Sequence[Figures]) -> list[float]:
@@ -73,6 +90,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--budget", type=float, default=46.0, help="GB to give out on each")
     parser.add_argument("--link", type=float, default=20.0, help="GB/s from host to device")
+    parser.add_argument("--host", type=float, help="GB of host memory for each device's copies; without it, enough")
+    parser.add_argument("--disk", type=float, help="GB/s at which weights without a copy are read; without it, no time")
     parser.add_argument("--seeds", type=int, default=5, help="worlds to live through; each figure is their median")
     parser.add_argument("--svg", help="write the timeline to this file")
     for field in fields(Policy):
@@ -86,10 +105,11 @@ def made(name: str, options: argparse.Namespace, seed: int) -> list[Waiting]:
     return workloads.recorded(Path(name))
 
 
-def figures(jobs: Sequence[Waiting], devices: Sequence[Device], runs: Sequence[Run]) -> Figures:
+def figures(jobs: Sequence[Waiting], devices: Sequence[Device], runs: Sequence[Run], fetched: Sequence[int]) -> Figures:
+    """`fetched` are the bytes that came to a device while it ran another job."""
     waits = sorted(run.waited_s for run in runs)
     makespan_s = max(run.ends_at for run in runs)
-    loads = [run.loaded_bytes for run in runs if run.loaded_bytes]
+    loads = [size for size in (*(run.loaded_bytes for run in runs), *fetched) if size]
     return Figures(
         makespan_s=makespan_s,
         over_bound=makespan_s / lower_bound_s(jobs, devices),
@@ -108,15 +128,15 @@ def least_bytes(jobs: Sequence[Waiting]) -> int:
 
 
 def lower_bound_s(jobs: Sequence[Waiting], devices: Sequence[Device]) -> float:
-    """No order can end sooner: what is released from some instant on must be computed from then on, all of it loaded
-    once, and no job can be split. Loads and computing follow one another on a device."""
+    """No order can end sooner: what is released from some instant on must be computed from then on, all weights must
+    be loaded once, though some beside the computing, and no job can be split or start before its own are there."""
     link = max(device.link_bytes_per_s for device in devices)
     by_age = sorted(jobs, key=lambda job: -job.created_at)
     bounds, left_s = [], 0.0
     for job in by_age:
         left_s += job.expected_s
         bounds.append(job.created_at + left_s / len(devices))
-    bounds.append((left_s + least_bytes(jobs) / link) / len(devices))
+    bounds.append(least_bytes(jobs) / link / len(devices))
     bounds.append(max(max(job.created_at, job.need.weights_bytes / link) + job.expected_s for job in jobs))
     return max(bounds)
 

@@ -27,8 +27,12 @@ MODELS: dict[str, tuple[Need, float, int]] = {  # what it needs, how long it tak
 USERS = [f"user{n}" for n in range(10)]
 
 
-def devices(count: int, budget_gb: float, link_gb_per_s: float) -> list[Device]:
-    return [Device(f"gpu{n}", int(budget_gb * GB), link_bytes_per_s=link_gb_per_s * GB) for n in range(count)]
+def devices(count: int, budget_gb: float, link_gb_per_s: float, host_gb: float | None = None) -> list[Device]:
+    host_bytes = int(host_gb * GB) if host_gb else None
+    return [
+        Device(f"gpu{n}", int(budget_gb * GB), link_bytes_per_s=link_gb_per_s * GB, host_budget_bytes=host_bytes)
+        for n in range(count)
+    ]
 
 
 def job(number: int, model: str, user_id: str, at: float) -> Waiting:

@@ -8,7 +8,7 @@ from server.forecast import Place
 from server.jobs import Job, NewJob
 from server.placement import Device
 from server.roster import Queued, Worker
-from server.scheduler import Action, Waiting
+from server.scheduler import Action, Policy, Waiting
 from server.shelf import Runnable
 from server.timings import Timing, Timings, work_of
 from server.turns import Turns
@@ -30,7 +30,9 @@ class Backlog:
         self.turns = Turns()
         self.timings = Timings(list(timings))
         self.halted = set(halted)
+        self.policy = Policy()
         self._seen: tuple[object, dict[str, Place]] = (None, {})
+        self._settled: object = None
         self._changes = 0
 
     def queued(self, job: Job, runnable: Runnable) -> Queued:
@@ -102,10 +104,18 @@ class Backlog:
         return self.timings.expect(model, job.workflow, work_of(shape_of(job.params, job.pixels)), job.kind)
 
     def plan(self, devices: Sequence[Device], now: float) -> list[Action]:
-        """Nothing starts while the queue is halted."""
-        if QUEUE in self.halted or not self.jobs:
+        """Nothing starts while the queue is halted. What found nothing to do finds nothing until something changes."""
+        state = (self._changes, tuple(devices))
+        if QUEUE in self.halted or not self.jobs or state == self._settled:
             return []
-        return scheduler.plan(list(self.jobs.values()), devices, now, self.turns.shares)
+        actions = scheduler.plan(list(self.jobs.values()), devices, now, self.turns.shares, self.policy)
+        self._settled = None if actions else state
+        return actions
+
+    def view(self, worker: Worker) -> Device:
+        """As the scheduler sees it: prepared for nothing any more once that job waits no longer."""
+        view = worker.view
+        return view if view.ahead in self.jobs else replace(view, ahead=None)
 
     def places(self, workers: Sequence[Worker], now: float, also: Waiting | None = None) -> dict[str, Place]:
         """Where each job stands; `also` is one that would come now. Looked up again at most once a second."""
@@ -114,8 +124,8 @@ class Backlog:
             waiting = [*self.jobs.values(), *([also] if also else [])]
             turns = self.turns if also is None else self.turns.with_one_more(also)
             free = {worker.id: at for worker in workers if (at := free_at(worker, now)) is not None}
-            devices = [worker.view for worker in workers]
-            self._seen = (state, forecast.forecast(waiting, devices, free, now, turns))
+            devices = [self.view(worker) for worker in workers]
+            self._seen = (state, forecast.forecast(waiting, devices, free, now, turns, self.policy))
         return self._seen[1]
 
     def promise(self, new: NewJob, runnable: Runnable, workers: Sequence[Worker], now: float) -> float | None:
@@ -133,7 +143,9 @@ class Backlog:
         place = self.places(workers, now)[queued.job_id]
         views = [worker.view for worker in workers if worker.status != "dead" and worker.id not in self.halted]
         titles = {worker.id: title(index, worker) for index, worker in enumerate(workers)}
-        return forecast.reason(queued.need, place, views, titles, now)
+        ahead_of = {worker.id: worker.ahead for worker in workers}
+        prepared = next((title for id_, title in titles.items() if ahead_of[id_] == queued.job_id), None)
+        return forecast.reason(queued.need, place, views, titles, now, prepared)
 
     def retry_s(self, workers: Sequence[Worker]) -> int:
         """When to come again to a full queue: as soon as a tenth of what waits should have been done."""

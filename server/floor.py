@@ -12,8 +12,8 @@ from server.errors import DoesNotFit
 from server.jobs import Job
 from server.memory import Memory
 from server.outputs import Files
-from server.roster import Queued, Worker
-from server.scheduler import Action, Evict, Refuse, Start
+from server.roster import Preparation, Queued, Worker
+from server.scheduler import Action, Evict, Prefetch, Refuse, Start
 from server.scribe import Scribe
 from server.store import HUNG, INTERRUPTED, error_of
 from server.timings import hang_s, record_timing
@@ -50,12 +50,12 @@ class Floor:
 
     @property
     def devices(self) -> list[scheduler.Device]:
-        return [worker.view for worker in self.workers.values()]
+        return [self.backlog.view(worker) for worker in self.workers.values()]
 
     def state(self, worker: Worker) -> dict[str, Any]:
         """A worker's device as people and programs see it."""
         runs = worker.runs.job_id if worker.runs else None
-        return self.memory.state(worker.supervisor.device, worker.view, worker.status, runs)
+        return self.memory.state(worker.supervisor.device, worker.view, worker.status, runs, worker.preparation)
 
     def seconds_left(self, job_id: str) -> float | None:
         """Until a running job should have ended."""
@@ -72,8 +72,11 @@ class Floor:
                 worker.status, worker.sign_at = "running", self.clock()
                 self.progress[job_id] = event
             case protocol.Resident(components, held):
-                worker.resident, worker.settled = components, worker.status == "idle"
+                worker.told(components, tuple((each.key, each.host_bytes) for each in held if each.host_bytes))
+                worker.settled = worker.status == "idle" and not any(each.coming for each in worker.preparations)
                 await self._show(worker, held)
+            case protocol.Prefetched(job_id, failure):
+                await self._prefetched(worker, job_id, failure)
             case protocol.Died(exit_code):
                 await self._mourn(worker, exit_code)
             case protocol.Succeeded(job_id, width, height, run_s, duration_s, peaks):
@@ -94,6 +97,8 @@ class Floor:
                     self.memory.evicted(self.workers[device].view, key, self.clock())
                     self.workers[device].supervisor.send(protocol.Evict(key))
                     self.workers[device].forget({key})
+                case Prefetch():
+                    await self._prefetch(self.workers[action.device], action)
                 case Start(job_id, device):
                     await self._start(self.backlog.start(job_id, self.clock()), self.workers[device])
                 case Refuse(job_id):
@@ -136,6 +141,7 @@ class Floor:
         expect(worker, queued, self.clock())
         way = self.memory.orders(job.id, queued.need, worker.view)
         worker.status, worker.runs, worker.cancelling, worker.settled = "loading", queued, False, False
+        worker.ahead = None
         worker.forget(queued.need.keys)
         worker.resident += queued.need.components
         output = self.files.path(job.output_name)
@@ -151,6 +157,23 @@ class Floor:
                 loras=queued.loras,
             )
         )
+
+    async def _prefetch(self, worker: Worker, order: Prefetch) -> None:
+        queued = self.backlog.jobs[order.job_id]
+        names = {component.key: component.name for component in queued.weights.components}
+        kinds = [(key, "device") for key in order.to_device] + [(key, "host") for key in order.to_host]
+        components = tuple((key, names.get(key, "?"), queued.need.sizes[key], to) for key, to in kinds)
+        worker.prepares(Preparation(order.job_id, components))
+        worker.supervisor.send(protocol.Prefetch(order.job_id, queued.weights, order.to_device, order.to_host))
+        await self._show(worker, self.memory.held.get(worker.id, ()))
+
+    async def _prefetched(self, worker: Worker, job_id: str, failure: str) -> None:
+        """No concern of the running job's; what could not be brought the next one loads itself, or fails of."""
+        for preparation in [each for each in worker.preparations if each.job_id == job_id and not each.ended][:1]:
+            preparation.ended, preparation.failure = True, failure
+        if failure:
+            log.warning("%s: not all that job %s needs came ahead: %s", worker.id, job_id, failure)
+        await self._show(worker, self.memory.held.get(worker.id, ()))
 
     async def _refuse(self, job_id: str) -> None:
         """What was learned of memory since its submit: no device could hold it. It runs at fal, or fails."""
@@ -171,7 +194,7 @@ class Floor:
 
     async def _goes_on(self, worker: Worker, ran: Queued) -> bool:
         """False if nothing is left for a job that ran out of memory. One that was cancelled meanwhile ends so."""
-        worker.resident = ()
+        worker.lose_all()
         if worker.cancelling:
             await self._end(worker, self.store.cancel, ran.job_id, self.clock())
         elif need := await self._next_try(worker, ran):
@@ -226,7 +249,8 @@ class Floor:
     async def _mourn(self, worker: Worker, exit_code: int) -> None:
         """A worker is dead: its job runs again or fails, and another one is started, later after each death."""
         log.warning("worker of %s died with %s", worker.supervisor.device.id, exit_code)
-        worker.status, worker.resident = "dead", ()
+        worker.status, worker.copies = "dead", ()
+        worker.lose_all()
         await self._show(worker, ())
         await self._run_again(worker)
         delay_s = min(LONGEST_RESPAWN_DELAY_S, 2.0**worker.deaths - 1)
@@ -262,7 +286,7 @@ class Floor:
 
 def expect(worker: Worker, queued: Queued, now: float) -> None:
     """When the job that starts here should have ended, and when it hangs."""
-    missing_bytes = worker.view.missing_bytes(queued.need)
+    missing_bytes = worker.missing_bytes(queued.need)
     worker.load_s = missing_bytes / worker.link_bytes_per_s
     worker.started_at = worker.sign_at = now
     worker.ends_at = now + worker.load_s + queued.expected_s

@@ -66,8 +66,19 @@ def behind(
             at += job.expected_s / max(1, devices)
 
 
-def reason(need: Need, place: Place, devices: Iterable[Device], titles: Mapping[str, str], now: float) -> str:
-    """Why a queued job does not run yet, for a person."""
+def reason(
+    need: Need,
+    place: Place,
+    devices: Iterable[Device],
+    titles: Mapping[str, str],
+    now: float,
+    prepared: str | None = None,
+) -> str:
+    """Why a queued job does not run yet, for a person. `prepared` is the title of a device that brings its weights."""
+    return f"{why(need, place, devices, titles, now)}{f'; {prepared} brings its weights meanwhile' if prepared else ''}"
+
+
+def why(need: Need, place: Place, devices: Iterable[Device], titles: Mapping[str, str], now: float) -> str:
     wanted = f"needs {need.total_bytes / GIB:.1f} GiB"
     devices = list(devices)
     fitting = [device for device in devices if able(need, device)]

@@ -12,6 +12,7 @@ from server.jobs import Job
 from server.ladder import Rung, bound, next_rung
 from server.peaks import Measured, Peaks, read_peaks, record_peaks
 from server.placement import Device, orders
+from server.roster import Preparation
 from server.rungs import read_rungs, record_device, record_rung
 from server.store import Store
 from server.vram import Need, Shape
@@ -132,7 +133,9 @@ class Memory:
         """Reads the database."""
         return [rung_json(row) for row in read_rungs(self.store.db, device)]
 
-    def state(self, spec: DeviceSpec, view: Device, status: str, runs: str | None) -> dict[str, Any]:
+    def state(
+        self, spec: DeviceSpec, view: Device, status: str, runs: str | None, preparation: Preparation | None = None
+    ) -> dict[str, Any]:
         """A device for people and programs, but for its rungs. `runs` is the id of the job that it runs."""
         held = sorted(self.held.get(spec.id, ()), key=lambda each: (each.since_at, each.key))
         way = self._ways.get(runs) if runs else None
@@ -150,6 +153,7 @@ class Memory:
             "pageLockedBytes": sum(each.host_bytes for each in held if each.page_locked),
             "linkBytesPerSecond": None if spec.torch_device == "cpu" else view.link_bytes_per_s,
             "components": [component_json(each) for each in held],
+            "prefetch": preparation_json(preparation) if preparation else None,
             "evictions": [
                 {"key": each.key, "name": each.name, "bytes": each.size_bytes, "at": iso(each.at)}
                 for each in self.evictions[spec.id]
@@ -165,6 +169,18 @@ def rung_json(row: Mapping[str, Any]) -> dict[str, Any]:
         "nextDevice": row["next_device"],
         "nextWay": row["next_way"],
         "at": iso(row["failed_at"]),
+    }
+
+
+def preparation_json(preparation: Preparation) -> dict[str, Any]:
+    """What the device brings for a waiting job, or has brought last."""
+    return {
+        "jobId": preparation.job_id,
+        "ended": preparation.ended,
+        "failure": preparation.failure or None,
+        "components": [
+            {"key": key, "name": name, "bytes": size, "to": to} for key, name, size, to in preparation.components
+        ],
     }
 
 

@@ -16,8 +16,10 @@ class Device:
     """A device as the scheduler sees it. `resident` is (component key, bytes), least recently used first.
 
     `budget_bytes` is what may be given out now; other programs took `others_bytes` of what there was to give out.
-    `host_budget_bytes` is what the copies in host memory may take, where the host is not the device itself. `runs_s` is
-    how long the job that it runs takes in all.
+    `host_budget_bytes` is what the copies in host memory may take, where the host is not the device itself; `copies`
+    are those that are there. `runs_s` is how long the job that it runs takes in all; `runs` what that needs, if another
+    may follow it there, and `free_at` when it should have ended. `ahead` is the waiting job that it is prepared for;
+    `brought` are the components that came ahead of their job, and that none has used yet.
     """
 
     id: str
@@ -28,6 +30,11 @@ class Device:
     host_budget_bytes: int | None = None
     runs_s: float = 0.0
     others_bytes: int = 0
+    runs: Need | None = None
+    free_at: float = 0.0
+    ahead: str | None = None
+    brought: frozenset[str] = frozenset()
+    copies: tuple[tuple[str, int], ...] = ()
 
     @property
     def alone(self) -> "Device":
@@ -42,6 +49,10 @@ class Device:
         """Weights that would have to be loaded before the job could run. A streamed component is there in part."""
         resident = dict(self.resident)
         return sum(max(0, weights_bytes - resident.get(key, 0)) for key, weights_bytes in need.components)
+
+    def without_brought(self) -> "Device":
+        """As if nothing had been prefetched, but for the room that it takes."""
+        return replace(self, resident=tuple(entry for entry in self.resident if entry[0] not in self.brought))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,19 @@ class Evict:
 
 
 @dataclass(frozen=True)
+class Prefetch:
+    """While another job runs, bring components of a waiting one: to the device, or into host memory only.
+
+    In place of what a command before this one has not begun to bring. It is answered by one `Prefetched`.
+    """
+
+    job_id: str
+    weights: Weights
+    to_device: tuple[str, ...]
+    to_host: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Cancel:
     """Stop this job at the next step boundary; nothing happens if it no longer runs."""
 
@@ -46,7 +59,7 @@ class Shutdown:
     """End after the running job."""
 
 
-Command = Run | Evict | Cancel | Shutdown
+Command = Run | Evict | Prefetch | Cancel | Shutdown
 
 # Events: worker → server
 
@@ -75,6 +88,14 @@ class Resident:
 
     components: tuple[tuple[str, int], ...]
     held: tuple[Held, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    """A `Prefetch` has ended; `Resident` has told what came of it. `failure` is for the operator, empty if all came."""
+
+    job_id: str
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,4 +131,4 @@ class Died:
     exit_code: int
 
 
-Event = Ready | Progress | Resident | Succeeded | Failed | Cancelled | Died
+Event = Ready | Progress | Resident | Prefetched | Succeeded | Failed | Cancelled | Died

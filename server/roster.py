@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipelines.base import Component, Weights
 from server import protocol, scheduler
@@ -12,6 +12,7 @@ from server.placement import LINK_BYTES_PER_S
 from server.remote import errand
 from server.scheduler import Waiting
 from server.supervisor import Supervisor
+from server.vram import Need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,26 @@ class Queued(Waiting):
     job: Job
     weights: Weights
     loras: Mapping[str, Component] = field(default_factory=dict)
+
+
+@dataclass
+class Preparation:
+    """Components that a device brings for a waiting job while it runs another: (key, name, bytes, "device" or "host").
+
+    Once it has `ended`, `failure` says what went wrong, if anything did. `gone` are those that were evicted meanwhile.
+    """
+
+    job_id: str
+    components: tuple[tuple[str, str, int, str], ...]
+    ended: bool = False
+    failure: str = ""
+    gone: set[str] = field(default_factory=set)
+
+    @property
+    def coming(self) -> tuple[tuple[str, int], ...]:
+        """Keys and bytes that the device has promised to them, and is not known to have yet."""
+        ours = [(key, size) for key, _, size, to in self.components if to == "device" and key not in self.gone]
+        return () if self.ended else tuple(ours)
 
 
 @dataclass
@@ -44,6 +65,15 @@ class Worker:
     others: Others = field(default_factory=Others)
     settled: bool = False  # idle, and it has said what it has: then the driver's figure tells of the others
     link_bytes_per_s: float = LINK_BYTES_PER_S
+    copies: tuple[tuple[str, int], ...] = ()  # of weights, in host memory
+    preparations: tuple[Preparation, ...] = ()  # the newest last; older ones while they have not ended
+    ahead: str | None = None  # the job that this one's run has prepared for
+    brought: frozenset[str] = frozenset()  # components that came ahead, and that no job has used yet
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """The newest one."""
+        return self.preparations[-1] if self.preparations else None
 
     @property
     def id(self) -> str:
@@ -60,6 +90,11 @@ class Worker:
             host_budget_bytes=self.supervisor.device.host_budget_bytes,
             runs_s=self.runs.expected_s if self.runs else 0.0,
             others_bytes=min(self.budget_bytes, self.others.taken_bytes),
+            runs=self.runs.need if self.runs and not self.halted else None,
+            free_at=self.ends_at,
+            ahead=self.ahead,
+            brought=self.brought,
+            copies=self.copies,
         )
 
     def hear_driver(self, free_bytes: int, now: float) -> None:
@@ -69,9 +104,38 @@ class Worker:
             margin_bytes = self.supervisor.device.margin_bytes
             self.others = self.others.seen(taken(self.budget_bytes, resident_bytes, free_bytes, margin_bytes), now)
 
+    def told(self, components: tuple[tuple[str, int], ...], copies: tuple[tuple[str, int], ...]) -> None:
+        """What is there now, and what was ordered since: what the running job needs, and what is being brought."""
+        ordered = dict(self.runs.need.components if self.runs else ())
+        for preparation in self.preparations:
+            ordered |= preparation.coming
+        known = dict(components)
+        self.resident = (*components, *((key, size) for key, size in ordered.items() if key not in known))
+        self.copies = copies
+
+    def prepares(self, preparation: Preparation) -> None:
+        """In place of what an older one has not begun to bring. Its bytes are the device's from now on."""
+        self.forget({key for key, _ in preparation.coming})
+        self.resident = (*preparation.coming, *self.resident)  # never used: the first to go
+        self.preparations = (*(each for each in self.preparations if not each.ended), preparation)
+        self.ahead, self.brought = preparation.job_id, self.brought | dict(preparation.coming).keys()
+
+    def missing_bytes(self, need: Need) -> int:
+        """Of a job that starts here now: what is still being brought is missing, too."""
+        coming = {key for each in self.preparations for key, _ in each.coming}
+        there = tuple(entry for entry in self.resident if entry[0] not in coming)
+        return replace(self.view, resident=there).missing_bytes(need)
+
+    def lose_all(self) -> None:
+        """Nothing is on the device any more, or comes there."""
+        self.resident, self.preparations, self.ahead, self.brought = (), (), None, frozenset()
+
     def forget(self, keys: set[str] | frozenset[str]) -> None:
         """These components are not resident any more."""
         self.resident = tuple(entry for entry in self.resident if entry[0] not in keys)
+        self.brought -= keys
+        for preparation in self.preparations:
+            preparation.gone |= keys
 
 
 @dataclass(frozen=True)

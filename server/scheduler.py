@@ -3,15 +3,18 @@
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
+from server.ahead import Prefetch, preparation
 from server.fairness import Shares
 from server.placement import Device, Evict, after, choose, evictions, refusal, seconds
 from server.vram import Need
 
-__all__ = ["Action", "Device", "Evict", "Policy", "Refuse", "Start", "Waiting", "after", "plan", "refusal"]
+__all__ = [
+    "Action", "Device", "Evict", "Policy", "Prefetch", "Refuse", "Start", "Waiting", "after", "plan", "refusal",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Refuse:
     budget_bytes: int
 
 
-Action = Evict | Start | Refuse
+Action = Evict | Start | Refuse | Prefetch
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Policy:
     To the device-seconds that its user has had, a job adds `length_bias` times its own length, so that short ones go
     first, and `quantum` times what its weights take to load, so that a device stays with those that it has; less
     `wear` times what it has waited, so that it does not stay for ever. Jobs longer than `long_s` take no more than half
-    of the devices while others wait. Nobody's oldest job is passed over for longer than `age_cap_s`.
+    of the devices while others wait. Nobody's oldest job is passed over for longer than `age_cap_s`. Components under
+    `worth_bytes` are not prefetched.
     """
 
     quantum: float = 200.0
@@ -74,6 +78,7 @@ class Policy:
     length_bias: float = 20.0
     long_s: float = 30.0
     age_cap_s: float = 600.0
+    worth_bytes: float = 64 * 2**20
 
 
 def plan(
@@ -94,8 +99,9 @@ def plan(
     6. Last those that an admin has put back.
     7. A job takes, of the idle devices that can hold it, the one where it ends soonest; of those, the one with the most
        room; of those, the first. What is in its way there is evicted, the least recently used first.
+    8. A busy device prepares for the job that would be next there by these rules when it comes free, one at a time.
     """
-    if not waiting or not any(device.idle for device in devices):
+    if not waiting or not any(device.idle or (device.runs and not device.ahead) for device in devices):
         return []
     queue = Queue(waiting, devices, now, shares, policy)
     actions: list[Action] = list(queue.hopeless())  # 1
@@ -103,6 +109,8 @@ def plan(
         job, device = found
         actions += [*evictions(job.need, device), Start(job.job_id, device.id)]
         queue.take(job, device)
+    if policy.worth_bytes < math.inf:
+        actions += queue.prepared()  # 8
     return actions
 
 
@@ -130,12 +138,41 @@ class Queue:
 
     def hopeless(self) -> Iterator[Refuse]:
         """Refuse the jobs that nothing could hold."""
+        if not self.idle:
+            return
         largest_bytes = max(device.alone.budget_bytes for device in self.devices)
         nowhere = [kind for kind, found in self.options.items() if not found]
         kinds = {kind for kind in nowhere if refusal(next(iter(self.heads[kind].values())).need, self.devices)}
         for job in self.waiting if kinds else ():
             if job.kind in kinds:
                 yield Refuse(job.job_id, job.need.total_bytes, largest_bytes)
+
+    def prepared(self) -> Iterator[Prefetch]:
+        """For each device that runs a job, in the order in which they come free: what it brings for the next one."""
+        taken = {device.ahead for device in self.devices}
+        for device in sorted((each for each in self.devices if each.runs), key=lambda each: each.free_at):
+            self.now = max(self.now, device.free_at)
+            self.open_to_long += device.runs_s > self.policy.long_s
+            job = self.next_on(device, taken - {device.ahead})
+            if not job or device.ahead:
+                continue
+            if found := preparation(job.job_id, job.need, device, self.policy.worth_bytes):
+                yield found
+
+    def next_on(self, device: Device, taken: Set[str | None]) -> Waiting | None:
+        """The next job on this device once it is free, but for those that another one is prepared for."""
+        while True:
+            self.idle = [device]
+            self.options = {
+                kind: options(next(iter(line.values())).need, self.idle) if line else []
+                for kind, line in self.heads.items()
+            }
+            found = self.first()
+            if found is None:
+                return None
+            self.take(*found)
+            if found[0].job_id not in taken:
+                return found[0]
 
     def first(self) -> tuple[Waiting, Device] | None:
         """The next job to start, and where; None if no idle device can hold any."""
@@ -216,7 +253,14 @@ def first_of_each(jobs: Iterable[Waiting], names: Sequence[str]) -> dict[str, Wa
 
 
 def options(need: Need, idle: Iterable[Device]) -> list[tuple[float, Device]]:
-    """The devices that could run the job now, best first, with the seconds that loading would add."""
+    """The devices that could run the job now, best first, with the seconds that loading adds if nothing was prefetched.
+
+    Prefetching is for the job that is to come, and no reason for another one to come in its place.
+    """
     ways = [(device, way) for device in idle if (way := choose(need, device))]
-    timed = [(way.tiled, seconds(need, device, way), -device.free_bytes, device) for device, way in ways]
-    return [(load_s, device) for _, load_s, _, device in sorted(timed, key=lambda option: option[:3])]
+    timed = [(way.tiled, seconds(need, device, way), -device.free_bytes, device, way) for device, way in ways]
+    best_first = sorted(timed, key=lambda option: option[:3])
+    return [
+        (seconds(need, device.without_brought(), way) if device.brought else load_s, device)
+        for _, load_s, _, device, way in best_first
+    ]

@@ -5,25 +5,40 @@ Started by the supervisor as `python -m server.worker FD DEVICE FAMILY…`; it e
 
 import ctypes
 import errno
-import importlib
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any
 
 from pipelines.base import InvalidInput, JobCancelled, OnStep, Pipeline, UnusableWeights, Weights
 from pipelines.clips import Clip
+from pipelines.families import family_module
 from pipelines.faults import broke_the_device, ran_out_of_memory
 from pipelines.hostram import HostRamShort
 from pipelines.images import save_image
 from pipelines.link import measured_bytes_per_s
 from pipelines.params import PARAMS
+from pipelines.prefetch import Errand, Prefetcher
 from pipelines.residency import Residency
-from server.protocol import Cancel, Cancelled, Command, Event, Evict, Failed, Progress, Ready, Resident, Run, Succeeded
+from server.protocol import (
+    Cancel,
+    Cancelled,
+    Command,
+    Event,
+    Evict,
+    Failed,
+    Prefetch,
+    Prefetched,
+    Progress,
+    Ready,
+    Resident,
+    Run,
+    Succeeded,
+)
 
 log = logging.getLogger("plantain.worker")
 
@@ -34,13 +49,18 @@ HOST_BUDGET = "PLANTAIN_WORKER_HOST_BYTES"
 
 
 class Worker:
-    """One device, the weights that are resident on it, and the pipelines that run them."""
+    """One device, the weights that are resident on it, and the pipelines that run them.
+
+    Beside the thread that runs jobs, one brings what the next job needs; both send events.
+    """
 
     def __init__(self, connection: Connection, device: str, families: list[str]) -> None:
         self.connection = connection
         self.residency = Residency(device, host_budget_bytes=int(os.environ.get(HOST_BUDGET, 0)) or None)
         self.pipelines: dict[Weights, Pipeline] = {}
         self.families = families
+        self.prefetcher = Prefetcher(self.residency, self.tell_prefetched)
+        self._sending = threading.Lock()
 
     def serve(self) -> None:
         """Until the server closes the pipe or asks for an end."""
@@ -50,10 +70,10 @@ class Worker:
             match self.connection.recv():
                 case Run() as command:
                     self.run(command)
+                    self.residency.rest()
                     self.tell_resident()
-                case Evict(key):
-                    self.residency.evict(key)
-                    self.tell_resident()
+                case Evict() | Prefetch() as command:
+                    self.rearrange(command)
                 case Cancel():
                     pass  # it ended before the command came
                 case _:
@@ -93,9 +113,24 @@ class Worker:
         message = str(error) if isinstance(error, HostRamShort) else "The device ran out of memory."
         return Failed(job_id, "OUT_OF_MEMORY", message)
 
+    def rearrange(self, command: Evict | Prefetch) -> None:
+        """What lies where is to change, while a job runs or between two."""
+        if isinstance(command, Evict):
+            self.residency.evict(command.key)
+            self.tell_resident()
+        else:
+            errand = Errand(command.job_id, command.weights, command.to_device, command.to_host)
+            self.prefetcher.bring(errand)
+
     def tell_resident(self) -> None:
-        self.residency.rest()
-        self.send(Resident(self.residency.resident(), self.residency.held()))
+        with self._sending:  # what is told last is what was last so
+            self.connection.send(Resident(self.residency.resident(), self.residency.held()))
+
+    def tell_prefetched(self, job_id: str, failure: str | None) -> None:
+        """Said by the prefetching thread: a component has come; or, with a text, the errand has ended."""
+        self.tell_resident()
+        if failure is not None:
+            self.send(Prefetched(job_id, failure))
 
     def outcome(self, command: Run) -> Succeeded:
         started = time.monotonic()
@@ -103,9 +138,9 @@ class Worker:
         params = PARAMS[command.workflow].model_validate(dict(command.params), context=context)
         on_step = self.on_step(command.job_id)
         pipeline = self.pipeline(command.weights)
-        self.residency.begin(command.way)
+        self.residency.begin(command.way, [component.key for component in command.weights.components])
         made = pipeline.generate(params, on_step)
-        peaks = self.residency.meter.end() if not command.loras else ()  # theirs are not the model's
+        peaks = self.residency.end() if not command.loras else ()  # theirs are not the model's
         if isinstance(made, Clip):
             saved = made.save(command.output, on_step)
             run_s = time.monotonic() - started
@@ -130,18 +165,18 @@ class Worker:
         return tell
 
     def was_cancelled(self, job_id: str, command: Command) -> bool:
-        """While a job runs only cancels are sent, and a shutdown, which ends the process here and now."""
-        if isinstance(command, Cancel):
-            return command.job_id == job_id
+        """A shutdown ends the process here and now. What is to change around the job changes between two steps."""
+        match command:
+            case Cancel():
+                return command.job_id == job_id
+            case Evict() | Prefetch():
+                self.rearrange(command)
+                return False
         sys.exit(0)
 
     def send(self, event: Event) -> None:
-        self.connection.send(event)
-
-
-def family_module(family: str) -> Any:
-    """`flux` → `pipelines.flux`; a dotted name is a family of one's own."""
-    return importlib.import_module(family if "." in family else f"pipelines.{family}")
+        with self._sending:
+            self.connection.send(event)
 
 
 def main(descriptor: str, device: str, *families: str) -> None:
@@ -149,10 +184,13 @@ def main(descriptor: str, device: str, *families: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends its workers
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed server must not leave a device occupied
+    worker = Worker(Connection(int(descriptor)), device, list(families))
     try:
-        Worker(Connection(int(descriptor)), device, list(families)).serve()
+        worker.serve()
     except (EOFError, BrokenPipeError):
         log.info("the server is gone")
+    finally:
+        worker.prefetcher.stop()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_the_bytes_foreseen_from_the_headers_are_those_of_the_loaded_tensors(
     assert component.weights_bytes == sum(tensor.nbytes for tensor in module.parameters()) + sum(
         tensor.nbytes for name, tensor in module.named_buffers() if name in module.state_dict()
     )
-    layout = PackedModule(module).layout
+    layout = PackedModule.of(module).layout
     if component.block_bytes:
         assert len(component.block_bytes) == len(layout.blocks)
     by_size = sorted(layout.blocks, key=lambda block: block.size_bytes)

@@ -8,9 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "spandrel", "rembg", "onnxruntime"}
 PURE = {"jobs", "scheduler", "fairness", "turns", "simulation", "forecast", "placement", "vram", "protocol", "requests"}
+PURE |= {"ahead"}
 FAMILIES = {"flux", "wan", "ltx", "realesrgan", "rembg"}
 LOADING = FAMILIES | {"residency", "packing", "streaming", "link", "meter", "hostram", "embeddings", "casting", "nf4"}
-LOADING |= {"loading", "lora", "faults", "tiles", "video"}
+LOADING |= {"loading", "lora", "faults", "tiles", "video", "apart", "prefetch"}
 """Imported inside the worker process only, so they may import torch at their top."""
 
 

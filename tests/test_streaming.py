@@ -71,7 +71,7 @@ def test_what_stays_is_never_more_than_what_may(seed: int):
 
 
 def test_a_block_lies_together_and_a_weight_of_two_blocks_outside():
-    layout = PackedModule(Stack()).layout
+    layout = PackedModule.of(Stack()).layout
     assert [block.module for block in layout.blocks] == list(Stack().blocks) or len(layout.blocks) == 7
     for block in layout.blocks:
         assert block.start % BLOCK_ALIGNMENT_BYTES == 0
@@ -102,7 +102,7 @@ def test_streamed_bytes_are_those_outside_those_kept_and_two_slots():
     residency = Residency("cpu", copies_to_device=True)
     residency.begin(streams("k", 0))
     module = residency.hold(component(), lambda _: Stack())
-    layout = PackedModule(Stack()).layout
+    layout = PackedModule.of(Stack()).layout
     largest = max(block.size_bytes for block in layout.blocks)
     assert residency.resident() == (("k", layout.outside_bytes + 2 * largest),)
     assert residency.held()[0].streamed
@@ -341,7 +341,7 @@ def test_weights_that_come_and_go_are_not_working_memory(tier: Any):
 
 
 def test_host_copies_stay_within_their_budget():
-    size = PackedModule(Stack()).weights_bytes
+    size = PackedModule.of(Stack()).weights_bytes
     residency = Residency("cpu", copies_to_device=True, host_budget_bytes=2 * size)
     for key in "abc":
         residency.hold(component(key, size), lambda _: Stack())
@@ -351,7 +351,7 @@ def test_host_copies_stay_within_their_budget():
 
 
 def test_a_component_larger_than_the_host_budget_is_refused_with_the_numbers_and_nothing_is_lost():
-    size = PackedModule(Stack()).weights_bytes
+    size = PackedModule.of(Stack()).weights_bytes
     residency = Residency("cpu", copies_to_device=True, host_budget_bytes=size)
     residency.hold(component("a", size), lambda _: Stack())
     with pytest.raises(HostRamShort, match="host memory for the copies"):

@@ -57,12 +57,21 @@ def print_device(state: dict[str, Any]) -> None:
         f"as of {iso(state['seenAt'])}"
     )
     show([component_row(state["id"], each) for each in state["components"]], COMPONENTS)
+    if state.get("prefetch"):
+        typer.echo(f"  {prefetch_line(state['prefetch'])}")
     for each in state["evictions"][:5]:
         typer.echo(f"  evicted {each['name']}, {gib(each['bytes'])}, at {each['at']}")
     for each in state["rungs"][:5]:
         last = "then it went to fal" if each["nextDevice"] == FAL else "then it failed"
         then = f"then {each['nextWay']} on {each['nextDevice']}" if each["nextWay"] else last
         typer.echo(f"  {each['model']} ran out of memory, {each['way']}, at {each['at']}; {then}")
+
+
+def prefetch_line(prefetch: dict[str, Any]) -> str:
+    """What is brought for a waiting job, or was last."""
+    parts = ", ".join(f"{each['name']} ({gib(each['bytes'])}, to the {each['to']})" for each in prefetch["components"])
+    failure = f"; not all came: {prefetch['failure']}" if prefetch["failure"] else ""
+    return f"{'brought' if prefetch['ended'] else 'is brought'} for {prefetch['jobId']}: {parts}{failure}"
 
 
 def component_row(device: str, each: dict[str, Any]) -> dict[str, object]:

@@ -16,6 +16,9 @@ def build(weights: Weights, residency: Any) -> "Hungry":
     return Hungry(weights, residency)
 
 
+loader = flux.loader
+
+
 class Hungry:
     def __init__(self, weights: Weights, residency: Any) -> None:
         self.flux, self.residency = flux.build(weights, residency), residency

@@ -9,12 +9,16 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines.base import InvalidInput, OnStep, Weights
+from pipelines.base import InvalidInput, Loader, OnStep, Weights
 from pipelines.params import TextToImage
 
 
 def build(weights: Weights, residency: Any) -> "Wayward":
     return Wayward(weights, residency)
+
+
+def loader(weights: Weights, device: Any) -> Loader:
+    return Loader(lambda _: object(), packs=False)
 
 
 class Wayward:
