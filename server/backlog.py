@@ -11,7 +11,7 @@ from server.roster import Queued, Worker
 from server.scheduler import Action, Policy, Waiting
 from server.shelf import Runnable
 from server.timings import Timing, Timings, work_of
-from server.turns import Turns
+from server.turns import Ran, replayed
 from server.vram import shape_of
 
 QUEUE = "queue"
@@ -25,9 +25,9 @@ LEAST_RETRY_S, MOST_RETRY_S = 5, 600
 class Backlog:
     """Owned by the dispatcher. `jobs` are in the order in which they came."""
 
-    def __init__(self, timings: Iterable[Timing], halted: Iterable[str]) -> None:
+    def __init__(self, timings: Iterable[Timing], halted: Iterable[str], ran: Iterable[Ran] = ()) -> None:
         self.jobs: dict[str, Queued] = {}
-        self.turns = Turns()
+        self.turns = replayed(ran)
         self.timings = Timings(list(timings))
         self.halted = set(halted)
         self.policy = Policy()
@@ -151,6 +151,19 @@ class Backlog:
         """When to come again to a full queue: as soon as a tenth of what waits should have been done."""
         work_s = sum(queued.expected_s for queued in self.jobs.values())
         return round(min(MOST_RETRY_S, max(LEAST_RETRY_S, work_s / 10 / max(1, len(workers)))))
+
+    def learn_remote(self, job: Job) -> Timing | None:
+        """How long such jobs take at fal, its own queue included."""
+        if job.started_at is None or job.finished_at is None:
+            return None
+        work = work_of(shape_of(job.params, job.pixels))
+        return self.timings.learn(job.model, job.workflow, work, max(0.0, job.finished_at - job.started_at))
+
+    def retry_remote_s(self, jobs: Iterable[Job], now: float) -> int:
+        """The same for jobs at fal, which run side by side: when a tenth of them should have ended."""
+        left_s = sorted(self._expected_s(job) - (now - (job.started_at or now)) for job in jobs)
+        wait_s = left_s[len(left_s) // 10] if left_s else 0.0
+        return round(min(MOST_RETRY_S, max(LEAST_RETRY_S, wait_s)))
 
 
 def free_at(worker: Worker, now: float) -> float | None:

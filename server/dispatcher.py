@@ -53,6 +53,8 @@ STOP_PATIENCE_S = 5.0
 TICK_S = 1.0
 REMEMBERED_S = 7 * 86_400.0
 """How long it counts, over restarts, that jobs ran out of memory: what else was on the device may be gone."""
+SHARES_S = 86_400.0
+"""Who has had how much in this time counts after a restart, too."""
 
 
 class Dispatcher:
@@ -76,7 +78,7 @@ class Dispatcher:
         if desk:
             desk.tell = self._desk_said
         self.inbox: asyncio.Queue[Message] = asyncio.Queue()
-        self.backlog = Backlog(read_timings(store.db), store.halted())
+        self.backlog = Backlog(read_timings(store.db), store.halted(), store.ran(clock() - SHARES_S))
         self.leaving = False
         self.quiet = asyncio.Event()
         self.watchers, self.scribe = Watchers(), Scribe(store)
@@ -116,7 +118,7 @@ class Dispatcher:
         for job in await self.store.call(self.store.recover_remote, self.clock()):
             await self._handle(SubmittedRemote(job))
         for worker in self.workers.values():
-            worker.supervisor.start()
+            self.floor.spawn(worker)
         self._tick()
         self._asking = asyncio.create_task(self._ask_driver(), name="driver")
         self._loop = asyncio.create_task(self._run(), name="dispatcher")
@@ -257,8 +259,7 @@ class Dispatcher:
             case WorkerSaid(device, event):
                 await self.floor.hear(self.workers[device], event)
             case RespawnDue(device):
-                self.workers[device].status = "starting"
-                self.workers[device].supervisor.start()
+                self.floor.spawn(self.workers[device])
             case SubmittedRemote(job) if self.desk:
                 self.desk.start(job)
             case DeskSaid(said):

@@ -41,7 +41,9 @@ class Door:
         if self.closed:
             raise stopping()
         if self.desk and len(self.desk.tasks) + self.inbox.qsize() >= self.max_queued:
-            raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers={"Retry-After": "30"})
+            jobs = [errand.job for errand in self.desk.errands.values()]
+            headers = {"Retry-After": str(self.backlog.retry_remote_s(jobs, self.clock()))}
+            raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers=headers)
         return await asyncio.shield(self._accept_remote(new))
 
     def _check_room(self, user_id: str) -> None:

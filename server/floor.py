@@ -23,6 +23,8 @@ from server.watchers import Watchers
 log = logging.getLogger("plantain.floor")
 
 LONGEST_RESPAWN_DELAY_S = 30.0
+START_PATIENCE_S = 300.0
+"""A worker that has not said `Ready` by then is killed. On a slow disk torch alone takes a minute to import."""
 
 
 class Floor:
@@ -111,10 +113,18 @@ class Floor:
                 worker.hear_driver(free_bytes[worker.id], self.clock())
                 await self._show(worker, self.memory.held.get(worker.id, ()))
 
+    def spawn(self, worker: Worker) -> None:
+        worker.status, worker.sign_at = "starting", self.clock()
+        worker.supervisor.start()
+
     def kill_the_hung(self) -> None:
-        """A worker whose job shows no sign of progress is killed; the rest follows from its death."""
+        """A worker that does not start, or whose job shows no sign of progress, is killed; its death does the rest."""
         for worker in self.workers.values():
             worker.sign_at = min(worker.sign_at, self.clock())  # the clock may have been set back
+            if worker.status == "starting" and self.clock() - worker.sign_at > START_PATIENCE_S:
+                log.error("%s: its worker hangs while it starts", worker.id)
+                worker.sign_at = self.clock()
+                worker.supervisor.kill()
             if worker.runs and not worker.hung and self.clock() - worker.sign_at > worker.hang_s:
                 log.error("%s: job %s hangs", worker.id, worker.runs.job_id)
                 worker.hung = True
@@ -240,6 +250,11 @@ class Floor:
         """How long such jobs take, but for the weights that this one had to wait for."""
         if ran:
             await self.write(record_timing, self.store.db, self.backlog.learn(ran, run_s))
+
+    async def learn_remote(self, job: Job) -> None:
+        """How long a job took at fal."""
+        if timing := self.backlog.learn_remote(job):
+            await self.write(record_timing, self.store.db, timing)
 
     async def _show(self, worker: Worker, held: Sequence[Held]) -> None:
         """What the worker has, for whoever looks."""

@@ -14,6 +14,9 @@ from server import idempotency, ledger, limits
 from server.errors import PlantainError
 from server.jobs import MAX_ATTEMPTS, Job, NewJob
 from server.opening import open_database
+from server.scheduler import Waiting
+from server.turns import Ran
+from server.vram import Need
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -180,6 +183,15 @@ class Store:
         queued = "SELECT * FROM job WHERE status = 'queued' AND served_by IS NOT 'fal' ORDER BY seq"
         return [_job(row) for row in self.db.query(queued)]
 
+    def ran(self, since: float, most: int = 10_000) -> list[Ran]:
+        """What ran here to its end since then, the last ones: for the books of who has had how much."""
+        rows = self.db.query(
+            "SELECT id, user_id, weight, created_at, started_at, finished_at FROM job WHERE started_at IS NOT NULL"
+            " AND finished_at > :since AND served_by IS NOT 'fal' ORDER BY seq DESC LIMIT :most",
+            {"since": since, "most": most},
+        )
+        return [_ran(row) for row in rows][::-1]
+
     def prioritise(self, job_id: str, priority: int) -> Job | None:
         """None if it waits no more."""
         sql = "UPDATE job SET priority = :priority WHERE id = :id AND status = 'queued' RETURNING *"
@@ -246,6 +258,11 @@ class Store:
 def error_of(error: PlantainError) -> dict[str, Any]:
     """What a failed job's row keeps of an error."""
     return {"error": error.message, "code": error.code, **error.extra}
+
+
+def _ran(row: dict[str, Any]) -> Ran:
+    job = Waiting(row["id"], Need((), 0), row["user_id"], row["weight"], created_at=row["created_at"])
+    return Ran(job, row["started_at"], row["finished_at"])
 
 
 def _job(row: dict[str, Any]) -> Job:

@@ -2,10 +2,20 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from server import fairness
 from server.fairness import Shares
 from server.scheduler import Waiting
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A job that a server before this one ran: instants of its submit, start and end."""
+
+    job: Waiting
+    started_at: float
+    ended_at: float
 
 
 class Turns:
@@ -75,3 +85,20 @@ class Turns:
 
     def _active(self) -> set[str]:
         return self._waiting.keys() | self._running.keys()
+
+
+def replayed(runs: Iterable[Ran]) -> Turns:
+    """The books after these jobs, which came, started and ended in this order; with nothing waiting or running."""
+    turns = Turns()
+    events: list[tuple[float, int, Ran]] = []
+    for run in runs:
+        events += [(run.job.created_at, 0, run), (run.started_at, 1, run), (run.ended_at, 2, run)]
+    for at, what, run in sorted(events, key=lambda event: event[:2]):
+        job = replace(run.job, expected_s=run.ended_at - run.started_at)
+        if what == 0:
+            turns.came(job)
+        elif what == 1:
+            turns.started(job, at)
+        else:
+            turns.ended(job, job.expected_s)
+    return turns

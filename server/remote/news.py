@@ -23,7 +23,9 @@ async def hear(said: errand.Said, scribe: Scribe, floor: Floor, now: float) -> N
         case protocol.Progress(job_id):
             floor.progress[job_id] = said
         case errand.Finished(job_id, made):
-            floor.done(await scribe.write(store.succeed, job_id, made.output, now, made.name))
+            if job := await scribe.write(store.succeed, job_id, made.output, now, made.name):
+                await floor.learn_remote(job)
+                floor.done(job)
         case protocol.Cancelled(job_id):
             floor.done(await scribe.write(store.cancel, job_id, now))
         case errand.Broken(job_id, error):
