@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -42,8 +43,14 @@ def decisions() -> list[tuple[str, list[Waiting], list[Device]]]:
     return [
         ("8 idle devices", mixed, eight),
         ("8 busy devices", mixed, [Device(each.id, each.budget_bytes, resident, idle=False) for each in eight]),
+        ("8 busy devices that prepare for the next jobs", mixed, preparing(eight, needs)),
         ("an idle device that is too small for all of them", large, small),
     ]
+
+
+def preparing(devices: list[Device], needs: list[Need]) -> list[Device]:
+    """The same devices, each with a job that leaves room for another one's weights."""
+    return [replace(each, idle=False, runs=needs[0], free_at=float(n)) for n, each in enumerate(devices)]
 
 
 def status_ms() -> float:

@@ -171,16 +171,16 @@ class Floor:
     async def _prefetch(self, worker: Worker, order: Prefetch) -> None:
         queued = self.backlog.jobs[order.job_id]
         names = {component.key: component.name for component in queued.weights.components}
-        kinds = [(key, "device") for key in order.to_device] + [(key, "host") for key in order.to_host]
+        to_device = (*worker.late(queued.need), *order.to_device)  # an order takes the place of the one before it
+        kinds = [(key, "device") for key in to_device] + [(key, "host") for key in order.to_host]
         components = tuple((key, names.get(key, "?"), queued.need.sizes[key], to) for key, to in kinds)
         worker.prepares(Preparation(order.job_id, components))
-        worker.supervisor.send(protocol.Prefetch(order.job_id, queued.weights, order.to_device, order.to_host))
+        worker.supervisor.send(protocol.Prefetch(order.job_id, queued.weights, to_device, order.to_host))
         await self._show(worker, self.memory.held.get(worker.id, ()))
 
     async def _prefetched(self, worker: Worker, job_id: str, failure: str) -> None:
         """No concern of the running job's; what could not be brought the next one loads itself, or fails of."""
-        for preparation in [each for each in worker.preparations if each.job_id == job_id and not each.ended][:1]:
-            preparation.ended, preparation.failure = True, failure
+        worker.prepared(job_id, failure)
         if failure:
             log.warning("%s: not all that job %s needs came ahead: %s", worker.id, job_id, failure)
         await self._show(worker, self.memory.held.get(worker.id, ()))

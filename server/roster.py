@@ -68,6 +68,7 @@ class Worker:
     copies: tuple[tuple[str, int], ...] = ()  # of weights, in host memory
     preparations: tuple[Preparation, ...] = ()  # the newest last; older ones while they have not ended
     ahead: str | None = None  # the job that this one's run has prepared for
+    fact: tuple[tuple[str, int], ...] = ()  # what it last said is resident
     brought: frozenset[str] = frozenset()  # components that came ahead, and that no job has used yet
 
     @property
@@ -109,7 +110,7 @@ class Worker:
         ordered = dict(self.runs.need.components if self.runs else ())
         for preparation in self.preparations:
             ordered |= preparation.coming
-        known = dict(components)
+        known, self.fact = dict(components), components
         self.resident = (*components, *((key, size) for key, size in ordered.items() if key not in known))
         self.copies = copies
 
@@ -120,6 +121,16 @@ class Worker:
         self.preparations = (*(each for each in self.preparations if not each.ended), preparation)
         self.ahead, self.brought = preparation.job_id, self.brought | dict(preparation.coming).keys()
 
+    def prepared(self, job_id: str, failure: str) -> None:
+        """The preparation for this job has ended. What did not come of it is not the device's any more."""
+        for preparation in [each for each in self.preparations if each.job_id == job_id and not each.ended][:1]:
+            preparation.ended, preparation.failure = True, failure
+        self.told(self.fact, self.copies)
+
+    def late(self, need: Need) -> tuple[str, ...]:
+        """Of the components that are being brought for another job: those that this need has, too."""
+        return tuple(key for each in self.preparations for key, _ in each.coming if key in need.keys)
+
     def missing_bytes(self, need: Need) -> int:
         """Of a job that starts here now: what is still being brought is missing, too."""
         coming = {key for each in self.preparations for key, _ in each.coming}
@@ -128,7 +139,7 @@ class Worker:
 
     def lose_all(self) -> None:
         """Nothing is on the device any more, or comes there."""
-        self.resident, self.preparations, self.ahead, self.brought = (), (), None, frozenset()
+        self.resident, self.fact, self.preparations, self.ahead, self.brought = (), (), (), None, frozenset()
 
     def forget(self, keys: set[str] | frozenset[str]) -> None:
         """These components are not resident any more."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 
 from pipelines.base import Component, Weights
 from server import accounts, ledger, protocol
+from server.backlog import Backlog
 from server.devices import DeviceSpec
 from server.dispatcher import Dispatcher
 from server.errors import DoesNotFit, InsufficientCredits, QueueFull, Unavailable
+from server.floor import START_PATIENCE_S
 from server.jobs import Job, NewJob
 from server.outputs import Files
 from server.protocol import Cancel, Cancelled, Died, Evict, Failed, Progress, Ready, Resident, Run, Shutdown, Succeeded
@@ -207,6 +210,62 @@ async def test_a_worker_that_dies_again_and_again_is_started_later_and_later(it:
     await it.settle()
     assert it.worker().starts == 2, "the second respawn waits a second"
     assert not it.dispatcher.ready
+
+
+def test_a_worker_that_hangs_while_it_starts_is_killed_and_started_again(tmp_path: Path):
+    now = [NOW]
+
+    @told(clock=lambda: now[0])
+    async def story(it: Bench) -> None:
+        now[0] += START_PATIENCE_S
+        it.dispatcher.floor.kill_the_hung()
+        await it.settle()
+        assert it.worker().starts == 1, "not yet"
+        now[0] += 1
+        it.dispatcher.floor.kill_the_hung()
+        await it.settle()
+        assert it.worker().starts == 2
+        it.worker().says(Ready())
+        await it.settle()
+        now[0] += 2 * START_PATIENCE_S
+        it.dispatcher.floor.kill_the_hung()
+        await it.settle()
+        assert it.worker().starts == 2 and it.dispatcher.ready
+
+    story(tmp_path)
+
+
+def test_who_has_had_how_much_is_known_after_a_restart(tmp_path: Path):
+    now, books = [NOW], []
+
+    @told(clock=lambda: now[0])
+    async def before(it: Bench) -> None:
+        it.worker().says(Ready())
+        await it.submit(1)
+        await it.settle()
+        now[0] += 30.0
+        it.worker().says(Succeeded("j1", 8, 8, 30.0))
+        await it.settle()
+        books.append((it.user, it.dispatcher.backlog.turns.shares))
+
+    before(tmp_path)
+    store = Store(tmp_path / "plantain.sqlite")
+    again = Backlog([], [], store.ran(now[0] - 3600)).turns.shares
+    store.close()
+    user, shares = books[0]
+    assert again.spent(user) == pytest.approx(shares.spent(user)) == pytest.approx(30.0)
+    assert again.turn_at[user] == shares.turn_at[user]
+
+
+@told()
+async def test_a_full_queue_at_fal_says_when_a_tenth_of_it_should_have_ended(it: Bench):
+    await it.submit(1)
+    job, backlog = it.job(1), it.dispatcher.backlog
+    ran = replace(job, kind="video", started_at=NOW, finished_at=NOW + 60.0)
+    assert backlog.retry_remote_s([ran], NOW + 100.0) == 80, "a guess by kind: 180 s"
+    backlog.learn_remote(ran)
+    assert backlog.retry_remote_s([ran, *[replace(ran, started_at=NOW + 40.0)] * 9], NOW + 40.0) == 60
+    assert backlog.retry_remote_s([ran], NOW + 90.0) == 5, "overdue"
 
 
 @told()
