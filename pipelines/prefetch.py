@@ -71,8 +71,11 @@ class Prefetcher:
                 if errand is not self._latest:
                     return "another job comes first now"
                 to_device = key in errand.to_device
+                component = next(each for each in errand.weights.components if each.key == key)
+                if component.storage and loader.apart:
+                    continue  # its layers are not torch's own, and cannot be handed over by another process
                 if to_device or loader.packs:
-                    self._fetch(errand.weights, key, loader, to_device)
+                    self._fetch(errand.weights, component, loader, to_device)
                     self.tell(errand.job_id, None)
         except CalledOff:
             return "its place was needed"
@@ -84,8 +87,7 @@ class Prefetcher:
             return repr(error)
         return ""
 
-    def _fetch(self, weights: Weights, key: str, loader: Loader, to_device: bool) -> None:
-        component = next(each for each in weights.components if each.key == key)
+    def _fetch(self, weights: Weights, component: Component, loader: Loader, to_device: bool) -> None:
         coming = Coming(component.weights_bytes, to_device, self.apart.kill if loader.apart else lambda: None)
         self.residency.fetch(component, lambda part: self._made(weights, part, loader), coming)
 

@@ -101,7 +101,7 @@ def test_the_bytes_foreseen_from_the_headers_are_those_of_the_loaded_tensors(
     assert component.key != plain.key
     module = load_component(component)
     assert component.weights_bytes == all_bytes(module) < plain.weights_bytes
-    layout = PackedModule(module).layout
+    layout = PackedModule.of(module).layout
     assert len(component.block_bytes) == len(layout.blocks) > 1
     foreseen = sorted(component.block_bytes)
     for size, block in zip(foreseen, sorted(layout.blocks, key=lambda each: each.size_bytes), strict=True):
