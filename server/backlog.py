@@ -161,7 +161,7 @@ class Backlog:
 
     def retry_remote_s(self, jobs: Iterable[Job], now: float) -> int:
         """The same for jobs at fal, which run side by side: when a tenth of them should have ended."""
-        left_s = sorted(self._expected_s(job) - (now - (job.started_at or now)) for job in jobs)
+        left_s = sorted(self._expected_s(job, job.model) - (now - (job.started_at or now)) for job in jobs)
         wait_s = left_s[len(left_s) // 10] if left_s else 0.0
         return round(min(MOST_RETRY_S, max(LEAST_RETRY_S, wait_s)))
 
