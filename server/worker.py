@@ -181,6 +181,8 @@ class Worker:
 
 def main(descriptor: str, device: str, *families: str) -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(levelname)s [{device}] %(message)s")
+    # It warns of a missing package that would fetch code from a hub; it is not missed here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends its workers
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed server must not leave a device occupied
