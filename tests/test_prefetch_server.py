@@ -35,8 +35,10 @@ class Watched:
         supervisor._on_event = lambda device, event: (self.log.append(event), on_event(device, event))[1]
 
     def hold(self, name: str) -> str:
-        """A job that runs until it is let go."""
-        return self.ask("wayward", f"wait {self.folder / name}")
+        """A job that runs, from now on and until it is let go."""
+        job_id = self.ask("wayward", f"wait {self.folder / name}")
+        self.runs(job_id)
+        return job_id
 
     def let_go(self, name: str) -> None:
         (self.folder / name).touch()
@@ -113,7 +115,6 @@ def test_a_file_that_is_gone_is_no_concern_of_the_running_job_and_the_next_one_m
 ):
     file = settings.data.parent / "made" / "flux-kontext" / FILE
     first = it.hold("flag")
-    it.runs(first)
     it.worker.halted = True  # so that nothing is prepared before the file is gone
     second = it.ask("flux-kontext")
     kept = file.read_bytes()

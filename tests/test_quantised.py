@@ -302,6 +302,7 @@ def test_a_pickle_that_is_named_gguf_is_refused_as_one(tmp_path: Path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu_quantised_pictures_are_the_same_in_every_tier(shelf: tuple[Catalog, Installed]):
     for name in QUANTISED:
         residency = Residency("cuda")
