@@ -64,7 +64,7 @@ class Flux:
         """
         self._check_size(params)
         recipe = self._recipes[type(params)]
-        picture = recipe.picture(params)
+        picture = recipe.picture(params, 2 * self._vae_scale)
         special = recipe.special(params)
         if picture and special.get("strength") == 0:
             return picture
@@ -165,36 +165,38 @@ class Flux:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one architecture runs one kind of params."""
+    """How one architecture runs one kind of params. `picture` is told of what sides must be multiples."""
 
     pipeline: Any
-    picture: Callable[[Any], Image.Image | None]
+    picture: Callable[[Any, int], Image.Image | None]
     special: Callable[[Any], dict[str, Any]]
 
 
-def no_picture(params: TextToImage) -> None:
+def no_picture(params: TextToImage, multiple: int) -> None:
     return None
 
 
-def start_picture(params: ImageToImage) -> Image.Image:
+def start_picture(params: ImageToImage, multiple: int) -> Image.Image:
     """The one input, covering the output's size: scaled by Lanczos, its overhang cropped evenly."""
     if len(params.images) != 1:
         raise InvalidInput(f"This model takes one image, not {len(params.images)}.")
     return ImageOps.fit(open_flat(params.images[0]), (params.width, params.height), LANCZOS)
 
 
-def reference_picture(params: ImageToImage) -> Image.Image:
+def reference_picture(params: ImageToImage, multiple: int) -> Image.Image:
     """What Kontext looks at: the inputs as one picture, side by side at one height, none cropped.
 
     Kontext takes one picture; such a row is how ComfyUI's ImageStitch shows it several. Its area is the one that
-    Kontext was trained on, or the output's where that is less; its shape is its own, but for rounding to 16 pixels.
+    Kontext was trained on, or the output's where that is less; its shape is its own, but for the
+    rounding to `multiple` pixels.
     """
     if not params.images:
         raise InvalidInput("Editing needs at least one image.")
     pictures = [open_flat(path) for path in params.images]
     ratios = [picture.width / picture.height for picture in pictures]
     area = min(params.width * params.height, REFERENCE_AREA)
-    row = Image.new("RGB", (to_16(sqrt(area * sum(ratios))), to_16(sqrt(area / sum(ratios)))))
+    width, height = (to_multiple(side, multiple) for side in (sqrt(area * sum(ratios)), sqrt(area / sum(ratios))))
+    row = Image.new("RGB", (width, height))
     for i, picture in enumerate(pictures):
         left, right = (round(row.width * sum(ratios[:n]) / sum(ratios)) for n in (i, i + 1))
         row.paste(picture.resize((max(1, right - left), row.height), LANCZOS), (left, 0))
@@ -207,8 +209,8 @@ def open_flat(path: Path) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
-def to_16(length: float) -> int:
-    return max(16, round(length / 16) * 16)
+def to_multiple(length: float, multiple: int) -> int:
+    return max(multiple, round(length / multiple) * multiple)
 
 
 def nothing(params: TextToImage) -> dict[str, Any]:

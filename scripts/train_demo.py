@@ -3,6 +3,7 @@
 
 import argparse
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def train(family: str, work: Path, out: Path) -> None:
     pipeline.to(torch.bfloat16)
     shutil.rmtree(out / family, ignore_errors=True)
     pipeline.save_pretrained(out / family)
+    subprocess.run([ROOT / "scripts/sums", out], check=True)
     size = sum(file.stat().st_size for file in (out / family).rglob("*") if file.is_file())
     print(f"{out / family}: {size / 2**20:.1f} MiB", flush=True)
 

@@ -16,8 +16,6 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 
 from scripts.demo.learn import device, learn
@@ -124,15 +122,6 @@ def train_t5(folder: Path) -> tuple[T5TokenizerFast, T5EncoderModel]:
         return encoder(tokens.input_ids, mask)[0]
 
     return tokenizer, train("t5", folder, tokenizer, model, tokenwise)
-
-
-def train_umt5(folder: Path) -> tuple[T5TokenizerFast, UMT5EncoderModel]:
-    torch.manual_seed(13)
-    tokenizer = t5_tokenizer()
-    model = UMT5EncoderModel(UMT5Config(**t5_sizes(tokenizer)))
-    return tokenizer, train(
-        "umt5", folder, tokenizer, model, lambda encoder, tokens: encoder(tokens.input_ids, tokens.attention_mask)[0]
-    )
 
 
 def train(

@@ -1,17 +1,17 @@
-"""The VAEs of Wan and LTX: trained on pieces of clips in which a shape moves, and on still pictures."""
+"""LTX's VAE of the demo: trained on clips in which a shape moves, on pieces of them, and on still pictures."""
 
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan
+from diffusers import AutoencoderKLLTXVideo
 
 from scripts.demo.image_vae import piece, rebuilding, start
 from scripts.demo.learn import device, learn
 from scripts.demo.world import draw_batch, draw_clip, random_moving, random_scene
 
-LTX_STEPS, WAN_STEPS = 3_500, 3_000
+STEPS = 3_500
 
 
 def train_ltx_vae(folder: Path) -> AutoencoderKLLTXVideo:
@@ -25,23 +25,10 @@ def train_ltx_vae(folder: Path) -> AutoencoderKLLTXVideo:
         decoder_layers_per_block=(1,) * 5,
     ).to(device())
     start(vae, vae.encoder.conv_out.conv, 48)
-    vae = train("ltx_vae", vae, folder, LTX_STEPS, (1, 1, 9), 4e-4, torch.float32)
+    vae = train("ltx_vae", vae, folder, STEPS, (1, 1, 9), 4e-4, torch.float32)
     mean, std = statistics(vae)
     vae.latents_mean.copy_(mean)
     vae.latents_std.copy_(std)
-    return vae
-
-
-def train_wan_vae(folder: Path) -> AutoencoderKLWan:
-    """As the real one: 8 x 8 pixels and 4 frames to a latent."""
-    torch.manual_seed(21)
-    vae = AutoencoderKLWan(
-        base_dim=8, z_dim=8, dim_mult=[1, 2, 4, 4], num_res_blocks=1, latents_mean=[0.0] * 8, latents_std=[1.0] * 8
-    ).to(device())
-    start(vae, vae.quant_conv, 8)
-    vae = train("wan_vae", vae, folder, WAN_STEPS, (1, 1, 1, 5), 1.5e-3, torch.bfloat16)
-    mean, std = statistics(vae)
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return vae
 
 

@@ -86,9 +86,9 @@ def random_moving(random: Random, test: bool = False) -> Scene:
 
 
 def with_chances(scene: Scene, random: Random) -> Scene:
-    near = 0.03
+    near = 0.02
     return replace(
-        scene, scale=random.uniform(0.95, 1.05), dx=random.uniform(-near, near), dy=random.uniform(-near, near)
+        scene, scale=random.uniform(0.97, 1.03), dx=random.uniform(-near, near), dy=random.uniform(-near, near)
     )
 
 
