@@ -90,7 +90,7 @@ def templates() -> dict[str, np.ndarray]:
         fine = (torch.arange(400) + 0.5 - 200) / 160
         x, y = torch.meshgrid(fine, fine, indexing="xy")
         inside = distances(name, x, y) < 0
-        radius = float(np.sqrt(unit_area() / (inside.sum() / 160**2)))
+        radius = float(np.sqrt(unit_area() / (float(inside.sum()) / 160**2)))
         middle_x, middle_y = float(x[inside].mean()), float(y[inside].mean())
         axis = (torch.arange(CANVAS) + 0.5 - CANVAS / 2) / radius
         x, y = torch.meshgrid(axis + middle_x, axis + middle_y, indexing="xy")

@@ -52,7 +52,7 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE as CLIP's, with merges that make each word of the world one piece."""
+    """Byte-level BPE as CLIP's, with merges for the words of the world."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())

@@ -1,0 +1,93 @@
+"""The little world of the demo weights: what is drawn is what is seen, and what is scored was never trained on."""
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from scripts.demo.seen import look
+from scripts.demo.text import t5_tokenizer
+from scripts.demo.world import (
+    DIRECTIONS,
+    Scene,
+    describe,
+    draw,
+    draw_clip,
+    edited,
+    held_out,
+    instruct,
+    random_moving,
+    random_scene,
+)
+
+
+def pixels(drawn: torch.Tensor) -> np.ndarray:
+    return ((drawn.permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
+@pytest.mark.parametrize("size", [(256, 256), (352, 192), (128, 160)])
+def test_what_is_drawn_is_what_is_seen(size: tuple[int, int]):
+    random = Random(1)
+    for _ in range(30):
+        scene = random_scene(random)
+        seen = look(pixels(draw(scene, *size)))
+        assert seen
+        assert (seen.background, seen.colour, seen.shape) == (scene.background, scene.colour, scene.shape)
+
+
+def test_it_is_seen_in_a_blurred_and_noisy_picture_too():
+    random = Random(2)
+    torch.manual_seed(2)
+    for _ in range(30):
+        scene = random_scene(random)
+        blurred = functional.avg_pool2d(draw(scene, 256, 256)[None], 9, 1, 4, count_include_pad=False)[0]
+        seen = look(pixels(blurred + 0.05 * torch.randn_like(blurred)))
+        assert seen
+        assert (seen.background, seen.colour, seen.shape) == (scene.background, scene.colour, scene.shape)
+
+
+def test_nothing_is_seen_where_nothing_is():
+    assert look(np.full((64, 64, 3), 200, np.uint8)) is None
+
+
+def test_a_small_one_is_smaller_than_a_large_one():
+    areas = [look(pixels(draw(Scene(size=size), 128, 128))).area for size in ("small", "medium", "large")]  # type: ignore[union-attr]
+    assert areas == sorted(set(areas))
+
+
+def test_what_is_scored_is_never_trained_on():
+    random = Random(3)
+    assert all(held_out(random_scene(random, test=True)) for _ in range(200))
+    for _ in range(200):
+        scene = random_scene(random)
+        name, after = edited(scene, random)
+        assert not held_out(scene)
+        assert not held_out(after)
+        assert [each for each in vars(scene) if getattr(scene, each) != getattr(after, each)] == [name]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_shape_moves_the_way_that_is_said_and_turns_back_at_the_edge(direction: str):
+    clip = draw_clip(Scene(size="small", direction=direction), 96, 96, 6 * 16, fps=16)
+    seen = [look(pixels(clip[:, n])) for n in range(0, 96, 8)]
+    places = [each.x if direction in ("left", "right") else each.y for each in seen if each]
+    steps = np.diff(places)
+    forth = steps[0] > 0
+    assert len(places) == len(seen)
+    assert forth == (direction in ("right", "down"))
+    assert (steps[-1] > 0) != forth
+    assert np.abs(steps).max() < 0.12  # of the side in half a second: no jump anywhere
+
+
+def test_every_word_of_the_world_is_known():
+    random, tokenizer = Random(4), t5_tokenizer()
+    for _ in range(100):
+        scene = random_moving(random)
+        name, after = edited(scene, random)
+        for text in (describe(scene, random)[0], instruct(scene, name, getattr(after, name), random)):
+            tokens = tokenizer(text).input_ids
+            assert tokenizer.unk_token_id not in tokens
+            assert len(tokens) <= tokenizer.model_max_length
+    assert tokenizer.unk_token_id in tokenizer("a cat").input_ids
