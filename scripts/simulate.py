@@ -73,7 +73,7 @@ def lived(name: str, options: argparse.Namespace, decide: Decide, seed: int) -> 
     runs = world.live(jobs)
     if draws:
         Path(options.svg).write_text(timeline.svg(runs, [box.id for box in boxes]))
-    return figures(jobs, boxes, runs, [size for _, size in world.fetched])
+    return figures(jobs, boxes, runs, world.fetched)
 
 
 def median(all_figures: Sequence[Figures]) -> list[float]:
@@ -105,16 +105,21 @@ def made(name: str, options: argparse.Namespace, seed: int) -> list[Waiting]:
     return workloads.recorded(Path(name))
 
 
-def figures(jobs: Sequence[Waiting], devices: Sequence[Device], runs: Sequence[Run], fetched: Sequence[int]) -> Figures:
-    """`fetched` are the bytes that came to a device while it ran another job."""
+def figures(
+    jobs: Sequence[Waiting], devices: Sequence[Device], runs: Sequence[Run], fetched: Sequence[tuple[str, int]]
+) -> Figures:
+    """`fetched` are jobs with bytes that came for them while another one ran. A job for which weights came at all, then
+    or at its start, is one switch, in however many parts they came."""
     waits = sorted(run.waited_s for run in runs)
     makespan_s = max(run.ends_at for run in runs)
-    loads = [size for size in (*(run.loaded_bytes for run in runs), *fetched) if size]
+    loads = [
+        (job_id, size) for job_id, size in (*((run.job.job_id, run.loaded_bytes) for run in runs), *fetched) if size
+    ]
     return Figures(
         makespan_s=makespan_s,
         over_bound=makespan_s / lower_bound_s(jobs, devices),
-        switches=len(loads),
-        over_least_bytes=sum(loads) / least_bytes(jobs),
+        switches=len({job_id for job_id, _ in loads}),
+        over_least_bytes=sum(size for _, size in loads) / least_bytes(jobs),
         mean_s=statistics.mean(waits),
         p95_s=waits[int(0.95 * (len(waits) - 1))],
         max_s=waits[-1],
