@@ -20,7 +20,8 @@ import torch
 
 from pipelines.base import Component, Weights
 from pipelines.families import family_module
-from pipelines.packing import ALIGNMENT_BYTES, PackedModule
+from pipelines.layout import ALIGNMENT_BYTES
+from pipelines.packing import PackedModule
 
 PR_SET_PDEATHSIG = 1
 NICE = 5

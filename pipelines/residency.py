@@ -15,10 +15,8 @@ from pipelines.embeddings import Embeddings
 from pipelines.hostram import HostCopies, HostRamShort
 from pipelines.link import Link, SideLink
 from pipelines.meter import Meter, gauge_for
-from pipelines.packing import ALIGNMENT_BYTES, PackedModule, Whole
+from pipelines.packing import PackedModule, Whole
 from pipelines.streaming import Streamed
-
-__all__ = ["ALIGNMENT_BYTES", "Opaque", "Residency"]
 
 
 class Residency:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from pipelines.layout import Block, point
 from pipelines.link import Link
-from pipelines.packing import Block, PackedModule, point
+from pipelines.packing import PackedModule
 
 SLOTS = 2
 

@@ -12,8 +12,9 @@ from pipelines.base import Component, Way
 from pipelines.catalog import Catalog
 from pipelines.flux import build
 from pipelines.installed import Installed
+from pipelines.layout import ALIGNMENT_BYTES, BLOCK_ALIGNMENT_BYTES
 from pipelines.loading import load_component
-from pipelines.packing import ALIGNMENT_BYTES, BLOCK_ALIGNMENT_BYTES, PackedModule
+from pipelines.packing import PackedModule
 from pipelines.params import TextToImage
 from pipelines.residency import Residency
 from pipelines.sizes import FP8, class_of_config, sizes_of

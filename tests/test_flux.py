@@ -13,9 +13,10 @@ from PIL import Image, ImageChops
 from pipelines import flux
 from pipelines.base import BadOutput, Component, InvalidInput, JobCancelled, UnusableWeights
 from pipelines.flux import Flux
+from pipelines.layout import ALIGNMENT_BYTES
 from pipelines.loading import load_component, load_small
 from pipelines.params import ImageToImage, TextToImage
-from pipelines.residency import ALIGNMENT_BYTES, Residency
+from pipelines.residency import Residency
 from tests import tiny
 
 SHARED = ("text_encoder", "text_encoder_2", "vae")

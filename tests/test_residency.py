@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pipelines.base import Component, UnusableWeights
-from pipelines.residency import ALIGNMENT_BYTES, Residency
+from pipelines.layout import ALIGNMENT_BYTES
+from pipelines.residency import Residency
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 

@@ -13,8 +13,9 @@ from pipelines.base import Component, Way
 from pipelines.embeddings import Embeddings
 from pipelines.flux import Flux, build
 from pipelines.hostram import HostRamShort
+from pipelines.layout import BLOCK_ALIGNMENT_BYTES
 from pipelines.loading import load_component
-from pipelines.packing import BLOCK_ALIGNMENT_BYTES, PackedModule
+from pipelines.packing import PackedModule
 from pipelines.params import TextToImage
 from pipelines.residency import Residency
 from pipelines.streaming import passing
