@@ -10,11 +10,13 @@ import torch
 
 from pipelines.apart import Apart, NotLoaded
 from pipelines.base import Component, Loader, UnusableWeights, Weights
+from pipelines.books import Opaque
 from pipelines.coming import CalledOff, Coming
 from pipelines.families import family_module
+from pipelines.fetching import fetch, loading_beside
 from pipelines.hostram import HostRamShort
 from pipelines.packing import PackedModule
-from pipelines.residency import Opaque, Residency
+from pipelines.residency import Residency
 
 log = logging.getLogger("plantain.prefetch")
 
@@ -89,11 +91,11 @@ class Prefetcher:
 
     def _fetch(self, weights: Weights, component: Component, loader: Loader, to_device: bool) -> None:
         coming = Coming(component.weights_bytes, to_device, self.apart.kill if loader.apart else lambda: None)
-        self.residency.fetch(component, lambda part: self._made(weights, part, loader), coming)
+        fetch(self.residency, component, lambda part: self._made(weights, part, loader), coming)
 
     def _made(self, weights: Weights, component: Component, loader: Loader) -> PackedModule | Opaque:
         if loader.apart:
             return self.apart.load(weights, component, self.residency.device)
-        with self.residency.loading_beside():
+        with loading_beside(self.residency):
             loaded = loader.load(component)
         return PackedModule.of(loaded) if loader.packs else Opaque(loaded, component.weights_bytes)

@@ -11,7 +11,7 @@ PURE = {"jobs", "scheduler", "fairness", "turns", "simulation", "forecast", "pla
 PURE |= {"ahead"}
 FAMILIES = {"flux", "wan", "ltx", "realesrgan", "rembg"}
 LOADING = FAMILIES | {"residency", "packing", "streaming", "link", "meter", "hostram", "embeddings", "casting", "nf4"}
-LOADING |= {"loading", "lora", "faults", "tiles", "video", "apart", "prefetch", "layout"}
+LOADING |= {"loading", "lora", "faults", "tiles", "video", "apart", "prefetch", "layout", "books", "fetching"}
 """Imported inside the worker process only, so they may import torch at their top."""
 
 

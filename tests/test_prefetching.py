@@ -14,6 +14,7 @@ import torch
 from pipelines.apart import Apart, NotLoaded
 from pipelines.base import Component, UnusableWeights, Weights
 from pipelines.coming import CalledOff, Coming
+from pipelines.fetching import fetch
 from pipelines.hostram import HostRamShort
 from pipelines.loading import load_component
 from pipelines.packing import PackedModule
@@ -132,14 +133,14 @@ def test_a_process_that_was_killed_is_told_and_another_one_is_started(apart: Apa
 
 
 def test_what_was_fetched_is_there_and_is_not_loaded_again(residency: Residency):
-    residency.fetch(component(), packed, Coming(0, to_device=True))
+    fetch(residency, component(), packed, Coming(0, to_device=True))
     assert residency.resident() == (("k", MIXED_BYTES),)
     assert torch.equal(residency.hold(component(), fail)(X), Mixed()(X))
 
 
 def test_what_was_fetched_into_host_memory_is_one_copy_away():
     residency = Residency("cpu", copies_to_device=True)
-    residency.fetch(component(), packed, Coming(0, to_device=False))
+    fetch(residency, component(), packed, Coming(0, to_device=False))
     assert residency.resident() == ()
     assert [(each.key, each.host_bytes) for each in residency.held()] == [("k", MIXED_BYTES)]
     assert torch.equal(residency.hold(component(), fail)(X), Mixed()(X))
@@ -147,7 +148,7 @@ def test_what_was_fetched_into_host_memory_is_one_copy_away():
 
 def test_whoever_wants_to_hold_what_is_on_its_way_waits_and_it_is_loaded_once(residency: Residency):
     gate = Gate()
-    thread, raised = beside(lambda: residency.fetch(component(), gate, Coming(0, to_device=True)))
+    thread, raised = beside(lambda: fetch(residency, component(), gate, Coming(0, to_device=True)))
     assert gate.begun.wait(PATIENCE_S)
     holder, refused = beside(lambda: residency.hold(component(), fail))
     gate.open.set()
@@ -160,7 +161,7 @@ def test_a_fetch_that_fails_leaves_nothing_and_the_run_meets_the_error_itself(re
         raise UnusableWeights("truncated")
 
     with pytest.raises(UnusableWeights):
-        residency.fetch(component(), broken, Coming(10, to_device=True))
+        fetch(residency, component(), broken, Coming(10, to_device=True))
     assert residency.resident() == residency.held() == ()
     with pytest.raises(UnusableWeights):
         residency.hold(component(), broken)
@@ -169,7 +170,7 @@ def test_a_fetch_that_fails_leaves_nothing_and_the_run_meets_the_error_itself(re
 
 def test_an_evict_calls_off_what_is_on_its_way_and_comes_back_once_nothing_of_it_is_left(residency: Residency):
     gate = Gate()
-    thread, raised = beside(lambda: residency.fetch(component(), gate, Coming(10, True, gate.stop)))
+    thread, raised = beside(lambda: fetch(residency, component(), gate, Coming(10, True, gate.stop)))
     assert gate.begun.wait(PATIENCE_S)
     assert residency.resident() == (("k", 10),), "its bytes are promised"
     residency.evict("k")
@@ -182,18 +183,18 @@ def test_copies_that_are_being_made_count_and_never_take_the_place_of_what_the_r
     residency = Residency("cpu", copies_to_device=True, host_budget_bytes=2 * MIXED_BYTES)
     residency.begin(residency.way, ["run"])
     for key in ("run", "old"):
-        residency.fetch(component(key, MIXED_BYTES), packed, Coming(MIXED_BYTES, to_device=False))
-    residency.fetch(component("new", MIXED_BYTES), packed, Coming(MIXED_BYTES, to_device=False))
+        fetch(residency, component(key, MIXED_BYTES), packed, Coming(MIXED_BYTES, to_device=False))
+    fetch(residency, component("new", MIXED_BYTES), packed, Coming(MIXED_BYTES, to_device=False))
     assert [each.key for each in residency.held()] == ["run", "new"], "what the run may hold stays"
     with pytest.raises(HostRamShort):
-        residency.fetch(component("large", 2 * MIXED_BYTES), packed, Coming(MIXED_BYTES, to_device=False))
+        fetch(residency, component("large", 2 * MIXED_BYTES), packed, Coming(MIXED_BYTES, to_device=False))
 
 
 def test_a_run_that_needs_the_room_gets_it():
     residency = Residency("cpu", copies_to_device=True, host_budget_bytes=MIXED_BYTES)
     gate = Gate()
     thread, raised = beside(
-        lambda: residency.fetch(component("next", MIXED_BYTES), gate, Coming(MIXED_BYTES, True, gate.stop))
+        lambda: fetch(residency, component("next", MIXED_BYTES), gate, Coming(MIXED_BYTES, True, gate.stop))
     )
     assert gate.begun.wait(PATIENCE_S)
     residency.hold(component("run", MIXED_BYTES), Loads())
@@ -207,8 +208,11 @@ def test_what_comes_or_goes_beside_a_run_is_not_taken_for_its_working_memory():
     residency = Residency("cpu")
     residency.begin(residency.way)
     residency.enter("denoise")
-    residency.fetch(
-        component(weights_bytes=size_bytes), lambda _: PackedModule.of(large(size_bytes)), Coming(size_bytes, True)
+    fetch(
+        residency,
+        component(weights_bytes=size_bytes),
+        lambda _: PackedModule.of(large(size_bytes)),
+        Coming(size_bytes, True),
     )
     residency.enter("decode")
     residency.evict("k")
@@ -270,7 +274,7 @@ def test_on_cuda_what_comes_beside_a_run_is_the_same_bits_and_the_allocators_byt
     work = torch.randn(4096, 4096, device="cuda")
     make = lambda _: PackedModule.of(large(size_bytes))  # noqa: E731
     thread, raised = beside(
-        lambda: residency.fetch(component("next"), make, Coming(size_bytes, to_device=True)),
+        lambda: fetch(residency, component("next"), make, Coming(size_bytes, to_device=True)),
     )
     for _ in range(100):
         work = (work @ work).clamp(-1, 1)
