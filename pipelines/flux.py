@@ -1,29 +1,23 @@
 """Flux.1: dev, schnell and Kontext by diffusers, in three phases (encode, denoise, decode) on shared components."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers import FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipelines.base import BadOutput, InvalidInput, Loader, OnStep, UnusableWeights, Weights
+from pipelines.base import BadOutput, InvalidInput, Loader, OnStep, Weights
 from pipelines.embeddings import tokenizer_key
-from pipelines.images import open_image
-from pipelines.loading import architecture_of, load_component, load_small, read_json
+from pipelines.flux_recipes import Recipe, recipes_for
+from pipelines.loading import load_component, load_small, read_json
 from pipelines.lora import worn
-from pipelines.params import ImageToImage, TextToImage
+from pipelines.params import TextToImage
 from pipelines.residency import Residency
+from pipelines.steps import report_steps
 from pipelines.tiling import tiled
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
-LANCZOS = Image.Resampling.LANCZOS
-REFERENCE_AREA = 1024**2
-"""Pixels of a Kontext reference: it was trained on sizes of a megapixel, in multiples of 16 (diffusers lists them)."""
 TRUE_GUIDANCE_SCALE = 2.0
 """Classifier-free guidance when there is a negative prompt; Flux's own guidance is distilled and knows none."""
 
@@ -81,7 +75,7 @@ class Flux:
             on_step("decode", 1, 1)
         return output
 
-    def _encode_prompts(self, recipe: "Recipe", params: TextToImage) -> dict[str, Any]:
+    def _encode_prompts(self, recipe: Recipe, params: TextToImage) -> dict[str, Any]:
         """T5 embeddings (1, tokens, width) and CLIP's pooled one (1, width), as diffusers' keyword arguments."""
         embeds, pooled = self._embeds(recipe, params.prompt)
         inputs = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
@@ -91,7 +85,7 @@ class Flux:
             inputs |= {"true_cfg_scale": TRUE_GUIDANCE_SCALE}
         return inputs
 
-    def _embeds(self, recipe: "Recipe", text: str) -> tuple[torch.Tensor | None, ...]:
+    def _embeds(self, recipe: Recipe, text: str) -> tuple[torch.Tensor | None, ...]:
         """Of a text that was encoded before, without any encoder."""
 
         def encode() -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,14 +97,14 @@ class Flux:
         key = (*encoders, self._tokenizers, text, self._max_tokens)
         return self._residency.embeddings.get(key, self._residency.device, encode)
 
-    def _encode_picture(self, recipe: "Recipe", picture: Image.Image, generator: torch.Generator) -> torch.Tensor:
+    def _encode_picture(self, recipe: Recipe, picture: Image.Image, generator: torch.Generator) -> torch.Tensor:
         """Latents (1, channels, height / 8, width / 8); image-to-image samples them, Kontext takes their mode."""
         pipe = self._pipe(recipe, "vae")
         pixels = pipe.image_processor.preprocess(picture).to(pipe.vae.device, pipe.vae.dtype)
         return pipe._encode_vae_image(pixels, generator)
 
     def _denoise(
-        self, recipe: "Recipe", params: TextToImage, inputs: dict[str, Any], generator: torch.Generator, on_step: OnStep
+        self, recipe: Recipe, params: TextToImage, inputs: dict[str, Any], generator: torch.Generator, on_step: OnStep
     ) -> torch.Tensor:
         """Packed latents (1, tokens, 4 x channels). A model without guidance embeddings ignores `guidance_scale`."""
         pipe = self._pipe(recipe, "transformer")
@@ -139,7 +133,7 @@ class Flux:
             raise BadOutput(f"{self._weights.model} made a picture with NaN or infinite pixels")
         return VaeImageProcessor().postprocess(pixels)[0]
 
-    def _pipe(self, recipe: "Recipe", *names: str) -> Any:
+    def _pipe(self, recipe: Recipe, *names: str) -> Any:
         """The recipe's diffusers pipeline on the named components alone, told the VAE's geometry even without it."""
         parts = dict.fromkeys(COMPONENTS) | {name: self._hold(name) for name in names}
         noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config)
@@ -161,96 +155,6 @@ class Flux:
         multiple = 2 * self._vae_scale
         if params.width % multiple or params.height % multiple:
             raise InvalidInput(f"{params.width} x {params.height}: width and height must be multiples of {multiple}.")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one architecture runs one kind of params. `picture` is told of what sides must be multiples."""
-
-    pipeline: Any
-    picture: Callable[[Any, int], Image.Image | None]
-    special: Callable[[Any], dict[str, Any]]
-
-
-def no_picture(params: TextToImage, multiple: int) -> None:
-    return None
-
-
-def start_picture(params: ImageToImage, multiple: int) -> Image.Image:
-    """The one input, covering the output's size: scaled by Lanczos, its overhang cropped evenly."""
-    if len(params.images) != 1:
-        raise InvalidInput(f"This model takes one image, not {len(params.images)}.")
-    return ImageOps.fit(open_flat(params.images[0]), (params.width, params.height), LANCZOS)
-
-
-def reference_picture(params: ImageToImage, multiple: int) -> Image.Image:
-    """What Kontext looks at: the inputs as one picture, side by side at one height, none cropped.
-
-    Kontext takes one picture; such a row is how ComfyUI's ImageStitch shows it several. Its area is the one that
-    Kontext was trained on, or the output's where that is less; its shape is its own, but for the
-    rounding to `multiple` pixels.
-    """
-    if not params.images:
-        raise InvalidInput("Editing needs at least one image.")
-    pictures = [open_flat(path) for path in params.images]
-    ratios = [picture.width / picture.height for picture in pictures]
-    area = min(params.width * params.height, REFERENCE_AREA)
-    width, height = (to_multiple(side, multiple) for side in (sqrt(area * sum(ratios)), sqrt(area / sum(ratios))))
-    row = Image.new("RGB", (width, height))
-    for i, picture in enumerate(pictures):
-        left, right = (round(row.width * sum(ratios[:n]) / sum(ratios)) for n in (i, i + 1))
-        row.paste(picture.resize((max(1, right - left), row.height), LANCZOS), (left, 0))
-    return row
-
-
-def open_flat(path: Path) -> Image.Image:
-    """RGB; what is transparent becomes white."""
-    picture = open_image(path).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-
-
-def to_multiple(length: float, multiple: int) -> int:
-    return max(multiple, round(length / multiple) * multiple)
-
-
-def nothing(params: TextToImage) -> dict[str, Any]:
-    return {}
-
-
-def strength(params: ImageToImage) -> dict[str, Any]:
-    """diffusers runs the last ceil(steps x strength) steps; with 0 there is none, and the input is the output."""
-    return {"strength": params.strength}
-
-
-def whole_area(params: TextToImage) -> dict[str, Any]:
-    """Kontext rescales its output to `max_area`: the size asked for stays as it is."""
-    return {"max_area": params.width * params.height}
-
-
-RECIPES: dict[tuple[str, type[TextToImage]], Recipe] = {
-    ("FluxPipeline", TextToImage): Recipe(FluxPipeline, no_picture, nothing),
-    ("FluxPipeline", ImageToImage): Recipe(FluxImg2ImgPipeline, start_picture, strength),
-    ("FluxKontextPipeline", TextToImage): Recipe(FluxKontextPipeline, no_picture, whole_area),
-    ("FluxKontextPipeline", ImageToImage): Recipe(FluxKontextPipeline, reference_picture, whole_area),
-}
-"""By architecture and the kind of params."""
-
-
-def recipes_for(weights: Weights) -> dict[type[TextToImage], Recipe]:
-    """The recipes of the weights' architecture, by the kind of params."""
-    name = architecture_of(weights)
-    recipes = {kind: recipe for (architecture, kind), recipe in RECIPES.items() if architecture == name}
-    if not recipes:
-        raise UnusableWeights(f"{weights.folder / 'model_index.json'}: {name} is not a Flux pipeline known here")
-    return recipes
-
-
-def report_steps(on_step: OnStep) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-    def report(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step("denoise", step + 1, pipe.num_timesteps)
-        return tensors
-
-    return report
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -77,6 +77,17 @@ def open_image(path: Path) -> Image.Image:
         return _plain(image)
 
 
+def open_flat(path: Path) -> Image.Image:
+    """In RGB; what is transparent becomes white."""
+    picture = open_image(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def open_covering(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Flat, covering `size`: scaled by Lanczos, its overhang cropped evenly."""
+    return ImageOps.fit(open_flat(path), size, Image.Resampling.LANCZOS)
+
+
 def save_image(image: Image.Image, path: Path, format: str = "png") -> None:
     """Write the pixels and nothing else (no EXIF, no profile): the whole file appears, safely on disk, or none."""
     if max(image.size) > MAX_SIDES[format]:

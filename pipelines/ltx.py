@@ -14,12 +14,14 @@ from PIL import Image
 from pipelines.base import InvalidInput, Loader, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
 from pipelines.embeddings import tokenizer_key
+from pipelines.images import open_covering
 from pipelines.loading import architecture_of, load_component, load_small
 from pipelines.lora import worn
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
 from pipelines.residency import Residency
+from pipelines.steps import report_steps
 from pipelines.tiling import tiled
-from pipelines.video import Frame, first_frames, last_frames, open_covering
+from pipelines.video import Frame, first_frames, last_frames
 
 MAX_TOKENS = 256
 PUBLISHED_LIMIT = 128
@@ -227,11 +229,3 @@ def check(params: TextToVideo) -> None:
     if (params.num_frames - (0 if added else 1)) % FRAMES_PER_LATENT:
         rule = "added frames must be a multiple of 8" if added else "frames must be a multiple of 8, and one"
         raise InvalidInput(f"{params.num_frames} frames: {rule}.")
-
-
-def report_steps(on_step: OnStep) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-    def report(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step("denoise", step + 1, pipe.num_timesteps)
-        return tensors
-
-    return report

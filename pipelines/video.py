@@ -11,10 +11,8 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import Interpolation
-from PIL import Image, ImageOps
 
 from pipelines.base import InvalidInput
-from pipelines.images import open_image
 
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"  # one file is one video: a playlist would name others
 DECODERS = (
@@ -186,10 +184,3 @@ def covering(frame: av.VideoFrame, size: Size) -> Frame:
     top, left = (high - height) // 2, (wide - width) // 2
     cropped = scaled[top : top + height, left : left + width]
     return np.ascontiguousarray(np.rot90(cropped, round(frame.rotation / 90)))
-
-
-def open_covering(path: Path, size: Size | None = None) -> Image.Image:
-    """A picture in RGB, what is transparent white; scaled to cover `size`, its overhang cropped evenly."""
-    picture = open_image(path).convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return ImageOps.fit(flat, size, Image.Resampling.LANCZOS) if size else flat

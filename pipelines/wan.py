@@ -1,6 +1,6 @@
 """Wan 2.1: text, image, references or a video's end to video, by diffusers, on components its variants share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from pipelines.loading import architecture_of, load_component, load_small, read_
 from pipelines.lora import worn
 from pipelines.params import ImageToVideo, TextToVideo
 from pipelines.residency import Residency
+from pipelines.steps import report_steps
 from pipelines.tiling import tiled
 from pipelines.wan_starts import RECIPES, Start, check, check_count
 
@@ -149,11 +150,3 @@ ARCHITECTURES: Mapping[str, tuple[Any, tuple[str, ...]]] = {
     "WanVACEPipeline": (WanVACEPipeline, ("transformer", "vae")),
 }
 """By name: diffusers' class, and the components that it denoises with."""
-
-
-def report_steps(on_step: OnStep) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-    def report(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step("denoise", step + 1, pipe.num_timesteps)
-        return tensors
-
-    return report

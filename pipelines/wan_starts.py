@@ -8,8 +8,9 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from pipelines.base import InvalidInput
+from pipelines.images import open_covering, open_flat
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
-from pipelines.video import first_frames, last_frames, open_covering
+from pipelines.video import first_frames, last_frames
 
 FRAMES_PER_LATENT = 4
 SIZE_MULTIPLE = 16
@@ -71,7 +72,7 @@ def vace_from_references(params: ReferenceToVideo) -> Start:
     """Pictures of what is to appear; and a video whose shapes and motion are kept, by VACE's task of colouring grey."""
     inputs: dict[str, Any] = {}
     if params.images:
-        inputs["reference_images"] = [ImageOps.contain(open_covering(path), size_of(params)) for path in params.images]
+        inputs["reference_images"] = [ImageOps.contain(open_flat(path), size_of(params)) for path in params.images]
     if params.video:
         frames = first_frames(params.video, size_of(params), params.num_frames, params.fps)
         greys = [ImageOps.grayscale(Image.fromarray(frame)).convert("RGB") for frame in frames]

@@ -13,6 +13,7 @@ from PIL import Image, ImageChops
 from pipelines import flux
 from pipelines.base import BadOutput, Component, InvalidInput, JobCancelled, UnusableWeights
 from pipelines.flux import Flux
+from pipelines.flux_recipes import reference_picture
 from pipelines.layout import ALIGNMENT_BYTES
 from pipelines.loading import load_component, load_small
 from pipelines.params import ImageToImage, TextToImage
@@ -240,7 +241,7 @@ def test_references_stand_side_by_side_uncropped(tmp_path: Path):
     colours = {"red": (30, 60), "lime": (90, 90), "blue": (10, 10)}
     for colour, size in colours.items():
         Image.new("RGB", size, colour).save(tmp_path / f"{colour}.png")
-    row = flux.reference_picture(image(*(tmp_path / f"{name}.png" for name in colours), width=512, height=512), 16)
+    row = reference_picture(image(*(tmp_path / f"{name}.png" for name in colours), width=512, height=512), 16)
     assert row.size == (816, 320)  # 2.5 : 1, the output's area, multiples of 16
     assert [row.getpixel((x, 160)) for x in (1, 161, 165, 487, 491, 814)] == [
         (255, 0, 0), (255, 0, 0), (0, 255, 0), (0, 255, 0), (0, 0, 255), (0, 0, 255)
@@ -252,7 +253,7 @@ def test_references_stand_side_by_side_uncropped(tmp_path: Path):
     [((1000, 1000), (1024, 1024)), ((1500, 1000), (1248, 832)), ((40, 30), (1184, 880)), ((3000, 1), (56080, 16))],
 )
 def test_a_reference_has_kontexts_trained_area(photo, size: tuple[int, int], expected: tuple[int, int]):
-    assert flux.reference_picture(image(photo(*size), width=2048, height=2048), 16).size == expected
+    assert reference_picture(image(photo(*size), width=2048, height=2048), 16).size == expected
 
 
 # What goes wrong

@@ -11,13 +11,8 @@ from PIL import Image
 
 from pipelines.base import BadOutput, InvalidInput, JobCancelled
 from pipelines.clips import Clip, poster_path, to_frames
-from pipelines.video import (
-    VideoLimits,
-    check_video_decodes,
-    first_frames,
-    last_frames,
-    open_covering,
-)
+from pipelines.images import open_covering
+from pipelines.video import VideoLimits, check_video_decodes, first_frames, last_frames
 from tests.footage import boxes, moov_is_first, probe, tone, write
 
 Steps = list[tuple[str, int, int]]
