@@ -1,8 +1,6 @@
 """What text encoders made of prompts, kept in host memory: a repeated prompt needs no text encoder."""
 
-import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -42,12 +40,3 @@ class Embeddings:
 
 def size_of(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def tokenizer_key(*folders: Path) -> str:
-    """The hash of tokenizers' files."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for file in sorted(folder.iterdir()):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()

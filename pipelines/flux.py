@@ -8,11 +8,11 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from pipelines.base import BadOutput, InvalidInput, Loader, OnStep, Weights
-from pipelines.embeddings import tokenizer_key
 from pipelines.flux_recipes import Recipe, recipes_for
 from pipelines.loading import load_component, load_small, read_json
 from pipelines.lora import worn
 from pipelines.params import TextToImage
+from pipelines.prompts import Prompts
 from pipelines.residency import Residency
 from pipelines.steps import report_steps
 from pipelines.tiling import tiled
@@ -44,11 +44,13 @@ class Flux:
         self._vae_scale = 2 ** (len(self._vae["block_out_channels"]) - 1)
         self._tokenizer = load_small(folder, "tokenizer")
         self._tokenizer_2 = load_small(folder, "tokenizer_2")
-        self._tokenizers = tokenizer_key(folder / "tokenizer", folder / "tokenizer_2")
         self._noise_scheduler = load_small(folder, "scheduler")
         # schnell, the model without guidance embeddings, was distilled on 256 tokens; the others take 512.
         guided = read_json(folder / "transformer" / "config.json")["guidance_embeds"]
-        self._max_tokens = min(512 if guided else 256, self._tokenizer_2.model_max_length)
+        max_tokens = min(512 if guided else 256, self._tokenizer_2.model_max_length)
+        self._prompts = Prompts(
+            weights, residency, ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"), max_tokens
+        )
 
     def generate(self, params: TextToImage, on_step: OnStep) -> Image.Image:
         """One RGB picture of exactly `params.width` x `params.height`.
@@ -86,16 +88,14 @@ class Flux:
         return inputs
 
     def _embeds(self, recipe: Recipe, text: str) -> tuple[torch.Tensor | None, ...]:
-        """Of a text that was encoded before, without any encoder."""
+        """T5's and CLIP's, as above."""
 
         def encode() -> tuple[torch.Tensor, torch.Tensor]:
             pipe = self._pipe(recipe, "text_encoder", "text_encoder_2")
-            embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=self._max_tokens)
+            embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=self._prompts.max_tokens)
             return embeds, pooled
 
-        encoders = [self._weights.component(name).key for name in ("text_encoder", "text_encoder_2")]
-        key = (*encoders, self._tokenizers, text, self._max_tokens)
-        return self._residency.embeddings.get(key, self._residency.device, encode)
+        return self._prompts.embeds(text, encode)
 
     def _encode_picture(self, recipe: Recipe, picture: Image.Image, generator: torch.Generator) -> torch.Tensor:
         """Latents (1, channels, height / 8, width / 8); image-to-image samples them, Kontext takes their mode."""

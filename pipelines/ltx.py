@@ -13,11 +13,11 @@ from PIL import Image
 
 from pipelines.base import InvalidInput, Loader, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
-from pipelines.embeddings import tokenizer_key
 from pipelines.images import open_covering
 from pipelines.loading import architecture_of, load_component, load_small
 from pipelines.lora import worn
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
+from pipelines.prompts import Prompts
 from pipelines.residency import Residency
 from pipelines.steps import report_steps
 from pipelines.tiling import tiled
@@ -64,9 +64,9 @@ class Ltx:
         self._weights = weights
         self._residency = residency
         self._tokenizer = load_small(folder, "tokenizer")
-        self._tokenizer_key = tokenizer_key(folder / "tokenizer")
         limit = self._tokenizer.model_max_length
-        self._max_tokens = limit if limit < PUBLISHED_LIMIT else MAX_TOKENS
+        max_tokens = limit if limit < PUBLISHED_LIMIT else MAX_TOKENS
+        self._prompts = Prompts(weights, residency, ("text_encoder",), ("tokenizer",), max_tokens)
         self._noise_scheduler = load_small(folder, "scheduler")
 
     def generate(self, params: TextToVideo, on_step: OnStep) -> Clip:
@@ -98,14 +98,13 @@ class Ltx:
         return inputs
 
     def _embeds(self, text: str) -> tuple[torch.Tensor | None, ...]:
-        """T5's (1, tokens, width), and which tokens count. Of a text that was encoded before, without the encoder."""
+        """T5's (1, tokens, width), and which tokens count."""
 
         def encode() -> tuple[torch.Tensor | None, ...]:
             pipe = self._pipe("text_encoder")
-            return pipe.encode_prompt(text, None, False, max_sequence_length=self._max_tokens)[:2]
+            return pipe.encode_prompt(text, None, False, max_sequence_length=self._prompts.max_tokens)[:2]
 
-        key = (self._weights.component("text_encoder").key, self._tokenizer_key, text, self._max_tokens)
-        return self._residency.embeddings.get(key, self._residency.device, encode)
+        return self._prompts.embeds(text, encode)
 
     def _denoise(
         self, params: TextToVideo, start: "Start", embeds: dict[str, Any], generator: torch.Generator, on_step: OnStep

@@ -9,10 +9,10 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
 
 from pipelines.base import Loader, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
-from pipelines.embeddings import tokenizer_key
 from pipelines.loading import architecture_of, load_component, load_small, read_json
 from pipelines.lora import worn
 from pipelines.params import ImageToVideo, TextToVideo
+from pipelines.prompts import Prompts
 from pipelines.residency import Residency
 from pipelines.steps import report_steps
 from pipelines.tiling import tiled
@@ -45,8 +45,8 @@ class Wan:
             raise UnusableWeights(f"{folder / 'model_index.json'}: {self._architecture} is not a Wan known here")
         self._pipeline, self._denoisers = ARCHITECTURES[self._architecture]
         self._tokenizer = load_small(folder, "tokenizer")
-        self._tokenizer_key = tokenizer_key(folder / "tokenizer")
-        self._max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length)
+        max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length)
+        self._prompts = Prompts(weights, residency, ("text_encoder",), ("tokenizer",), max_tokens)
         self._noise_scheduler = load_small(folder, "scheduler")
         self._image_processor = load_small(folder, "image_processor") if "image_encoder" in self._denoisers else None
         # Only the variant for first and last frames has positions for the tokens of two pictures.
@@ -87,14 +87,13 @@ class Wan:
         return embeds
 
     def _embeds(self, params: TextToVideo, text: str) -> torch.Tensor | None:
-        """UMT5's (1, tokens, width). Of a text that was encoded before, without the encoder."""
+        """UMT5's (1, tokens, width)."""
 
         def encode() -> tuple[torch.Tensor | None]:
             pipe = self._pipe(WanPipeline, params, "text_encoder")
-            return (pipe.encode_prompt(text, None, False, max_sequence_length=self._max_tokens)[0],)
+            return (pipe.encode_prompt(text, None, False, max_sequence_length=self._prompts.max_tokens)[0],)
 
-        key = (self._weights.component("text_encoder").key, self._tokenizer_key, text, self._max_tokens)
-        return self._residency.embeddings.get(key, self._residency.device, encode)[0]
+        return self._prompts.embeds(text, encode)[0]
 
     def _denoise(
         self, params: TextToVideo, start: Start, embeds: dict[str, Any], generator: torch.Generator, on_step: OnStep

@@ -12,7 +12,7 @@ PURE |= {"ahead"}
 FAMILIES = {"flux", "wan", "ltx", "realesrgan", "rembg"}
 LOADING = FAMILIES | {"residency", "packing", "streaming", "link", "meter", "hostram", "embeddings", "casting", "nf4"}
 LOADING |= {"loading", "lora", "faults", "tiles", "video", "apart", "prefetch", "layout", "books", "fetching"}
-LOADING |= {"flux_recipes"}
+LOADING |= {"flux_recipes", "prompts"}
 """Imported inside the worker process only, so they may import torch at their top."""
 
 
