@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from server.settings import Settings
 from tests.house import House, furnish, running
@@ -12,6 +13,15 @@ from tests.house import House, furnish, running
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Installed weights that tests share; a test that serves gets a data folder of its own beside them."""
     return furnish(tmp_path_factory.mktemp("house"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny networks gain nothing from more, and on a busy machine threads that wait for each other lose twentyfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

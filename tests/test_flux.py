@@ -1,7 +1,7 @@
 """Flux through the real loaders and the real diffusers classes, on tiny weights."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipelines.params import ImageToImage, TextToImage
 from pipelines.residency import Residency
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = ("text_encoder", "text_encoder_2", "vae")
 MODELS = ("flux-dev", "flux-schnell", "flux-kontext")
 Steps = list[tuple[str, int, int]]
@@ -30,15 +31,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("weights")
     tiny.make_all(root)
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks gain nothing from more, and on a busy machine threads that wait for each other lose twentyfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """LoRAs: the pictures that diffusers makes with them, and not a trace of them afterwards."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pipelines.params import ImageToImage, TextToImage, TextToVideo, WornLora
 from pipelines.residency import Residency
 from tests import tiny, tiny_lora, tiny_video
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 4
 BASICS = {
     "prompt": "a red circle", "width": 64, "height": 64, "seed": 7, "num_inference_steps": 3, "guidance_scale": 3.5,
@@ -39,15 +40,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_lora.make_wan_lora(root / "t2v.safetensors", seed=3)
     tiny_lora.make_ltx_lora(root / "ltx.safetensors", seed=4)
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[False, True], ids=["host is device", "host copies to device"])

@@ -2,7 +2,6 @@
 
 import shutil
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,15 @@ from pipelines.residency import Residency
 from tests.footage import boxes, write
 from tests.tiny_video import make_ltx, video_weights_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # in diffusers
+]
 Steps = list[tuple[str, int, int]]
 BASICS = {
     "prompt": "a red circle", "width": 64, "height": 32, "num_frames": 9, "fps": 24,
     "seed": 7, "num_inference_steps": 3, "guidance_scale": 3.0, "negative_prompt": "a cat",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipelines.wan import Wan
 from tests.footage import boxes, write
 from tests.tiny_video import make_wan, video_weights_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Steps = list[tuple[str, int, int]]
 KINDS = ("t2v", "i2v", "flf2v", "vace")
 BASICS = {
@@ -35,15 +36,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in KINDS:
         make_wan(root / kind, kind)
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
