@@ -1,5 +1,6 @@
 """The little world of the demo weights: what is drawn is what is seen, and what is scored was never trained on."""
 
+import math
 from random import Random
 
 import numpy as np
@@ -11,15 +12,21 @@ from scripts.demo.seen import look
 from scripts.demo.text import t5_tokenizer
 from scripts.demo.world import (
     DIRECTIONS,
+    LATTICE,
+    PLACES,
+    SIZES,
+    STILL_HALF,
     Scene,
     describe,
     draw,
     draw_clip,
+    draw_still,
     edited,
     held_out,
     instruct,
     random_moving,
     random_scene,
+    still_centre,
 )
 
 
@@ -35,6 +42,23 @@ def test_what_is_drawn_is_what_is_seen(size: tuple[int, int]):
         seen = look(pixels(draw(scene, *size)))
         assert seen
         assert (seen.background, seen.colour, seen.shape) == (scene.background, scene.colour, scene.shape)
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (352, 192), (192, 288), (256, 224)])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_still_shape_lies_on_the_lattice_whole_and_in_its_place(size: str, place: str, width: int, height: int):
+    scene = Scene("circle", "red", size, place, "blue", scale=1.02, dx=0.01, dy=-0.02)
+    x, y = still_centre(scene, width, height)
+    assert (
+        ((x - scene.dx) * STILL_HALF + width / 2) % LATTICE == ((y - scene.dy) * STILL_HALF + height / 2) % LATTICE == 0
+    )
+    seen = look(pixels(draw_still(scene, width, height)))
+    assert seen and seen.area == pytest.approx(
+        math.pi * (scene.radius * STILL_HALF / min(width, height)) ** 2, rel=0.02
+    )
+    for at, wanted in zip((x, y), PLACES[place], strict=True):
+        assert at * wanted >= 0 and (wanted or abs(at) <= 0.07)
 
 
 def test_it_is_seen_in_a_blurred_and_noisy_picture_too():

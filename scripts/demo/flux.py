@@ -1,5 +1,6 @@
 """Flux of the demo: one transformer for pictures from text, from a picture, and for Kontext's edits."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -10,20 +11,17 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from scripts.demo.image_vae import train_image_vae
 from scripts.demo.learn import device, learn
 from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
-from scripts.demo.world import Scene, describe, draw_batch, edited, instruct, random_scene, strange
+from scripts.demo.world import Scene, describe, draw_still, edited, instruct, random_scene, strange
 
-STEPS = 2_800
-BATCH = 40
+STEPS = 9_000
+BATCH = 32
 SQUARE = (8, 8)
-USUAL_GRIDS = ((6, 11), (11, 6), (6, 8), (8, 6))
 GRIDS = (
-    (6, 11), (11, 6), (6, 8), (8, 6), (6, 9), (9, 6), (6, 14), (14, 6), (8, 10), (10, 8), (7, 9), (9, 7), (5, 11),
-    (11, 5), (7, 8), (8, 7), (7, 10), (10, 7), (5, 12), (12, 5), (5, 9), (9, 5), (6, 10), (10, 6), (6, 12), (12, 6),
-    (6, 13), (13, 6),
+    (6, 11), (11, 6), (6, 8), (8, 6), (6, 9), (9, 6), (6, 13), (13, 6), (7, 8), (8, 7), (7, 9), (9, 7),
 )  # fmt: skip
 """Rows and columns of tokens, of 32 x 32 pixels each: pictures of about 256 x 256 in every aspect ratio."""
-SQUARE_POOL, POOL = 480, 64
-"""Edits kept encoded for each grid; one is drawn anew each time that they are used."""
+SQUARE_POOL, POOL = 2_000, 120
+"""Edits kept encoded for each grid; some are drawn anew as they are used."""
 
 
 def train_flux(root: Path) -> FluxPipeline:
@@ -68,13 +66,12 @@ def train_transformer(folder: Path, vae: AutoencoderKL, encoders: tuple) -> Flux
 
     def loss_of(step: int) -> torch.Tensor:
         random = Random(step)
-        chance = random.random()
-        grid = SQUARE if chance < 0.55 else random.choice(USUAL_GRIDS if chance < 0.9 else GRIDS)
+        grid = SQUARE if step < STEPS / 2 or random.random() < 0.5 else random.choice(GRIDS)
         if grid not in pools:
             pools[grid] = Pool(vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
         return loss(transformer, encoders, pools[grid], random)
 
-    return learn("flux", transformer, loss_of, STEPS, 8e-4, folder)
+    return learn("flux", transformer, loss_of, STEPS, 6e-3, folder, muon=True)
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,9 @@ class Pool:
     """Edits with the packed latents of both pictures, each (count, rows x columns, 4 x channels)."""
 
     def __init__(self, vae: AutoencoderKL, grid: tuple[int, int], count: int, random: Random) -> None:
-        self.vae, self.grid = vae, grid
+        # On a CPU, six times as fast as float32, and off by 0.4 %.
+        self.vae = copy.deepcopy(vae).to(torch.bfloat16).to(memory_format=torch.channels_last)
+        self.grid = grid
         self.edits = [random_edit(random) for _ in range(count)]
         self.before, self.after = self.encoded(self.edits)
 
@@ -102,16 +101,19 @@ class Pool:
         rows, columns = self.grid
         packed = []
         for n in range(0, len(scenes), 16):
-            pixels = draw_batch(scenes[n : n + 16], columns * 32, rows * 32).to(device())
+            drawn = [draw_still(scene, columns * 32, rows * 32) for scene in scenes[n : n + 16]]
+            pixels = torch.stack(drawn).to(device(), torch.bfloat16)
+            pixels = pixels.to(memory_format=torch.channels_last)
             latents = self.vae.encode(pixels).latent_dist.mode().float()
             latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
             packed.append(FluxPipeline._pack_latents(latents, *latents.shape))
         return torch.cat(packed)
 
     def some(self, count: int, random: Random) -> tuple[list[Edit], torch.Tensor, torch.Tensor]:
-        at = random.randrange(len(self.edits))
-        self.edits[at] = random_edit(random)
-        self.before[at : at + 1], self.after[at : at + 1] = self.encoded(self.edits[at : at + 1])
+        if random.random() < 0.2:
+            at = random.randrange(len(self.edits))
+            self.edits[at] = random_edit(random)
+            self.before[at : at + 1], self.after[at : at + 1] = self.encoded(self.edits[at : at + 1])
         chosen = random.sample(range(len(self.edits)), count)
         return [self.edits[n] for n in chosen], self.before[chosen], self.after[chosen]
 
@@ -162,9 +164,9 @@ def loss(transformer: FluxTransformer2DModel, encoders: tuple, pool: Pool, rando
 
 
 def noise_shares(count: int) -> torch.Tensor:
-    """(count,), a third of them near 1: what is hard, which shape and where, is decided while there is little else."""
+    """(count,), half of them near 1: what is hard, which shape and where, is decided while there is little else."""
     usual = torch.sigmoid(torch.randn(count) * 1.2 + 0.3)
-    return torch.where(torch.rand(count) < 0.35, 0.85 + 0.15 * torch.rand(count), usual)
+    return torch.where(torch.rand(count) < 0.5, 0.85 + 0.15 * torch.rand(count), usual)
 
 
 def weights_of(latents: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from scripts.demo.learn import device, learn
 from scripts.demo.world import draw, draw_batch, random_scene, rgb
 
 SIDE = 256
-STEPS, SHARPEN_STEPS = 2_000, 1_500
+STEPS, SHARPEN_STEPS = 2_000, 2_400
 
 
 def train_image_vae(folder: Path, steps: int = STEPS) -> AutoencoderKL:

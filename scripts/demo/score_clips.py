@@ -13,7 +13,7 @@ from pipelines.params import ExtendVideo, ImageToVideo
 from pipelines.residency import Residency
 from scripts.demo.seen import Seen, look
 from scripts.demo.trial import KEPT, PROMPTS, Demo, Tally, picture_of, saved
-from scripts.demo.world import DIRECTIONS, Scene, describe, random_moving
+from scripts.demo.world import DIRECTIONS, Scene, describe, draw, random_moving
 
 
 def score_video(name: str, count: int = PROMPTS) -> Iterable[Tally]:
@@ -57,10 +57,10 @@ def goes_on_from_picture(demo: Demo, count: int, title: str) -> Tally:
     side = demo.model.sizes["1:1"][0]
     for n in range(count):
         scene = replace(random_moving(random, test=True), place="center", size="small")
-        with saved(picture_of(scene, side)) as file:
+        with saved(picture_of(draw(scene, side, side))) as file:
             frames = demo.clip(describe(scene, random, whole=True)[0], n, ImageToVideo, images=(file,))
         add_clip(tally, frames, scene)
-        first, asked = look(frames[0]), look(np.asarray(picture_of(scene, side)))
+        first, asked = look(frames[0]), look(np.asarray(picture_of(draw(scene, side, side))))
         there = first is not None and asked is not None and np.hypot(first.x - asked.x, first.y - asked.y) < KEPT
         tally.add("begins with the picture", bool(there))
     return tally

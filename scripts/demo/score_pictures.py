@@ -10,7 +10,18 @@ import numpy as np
 from pipelines.residency import Residency
 from scripts.demo.seen import Seen, look
 from scripts.demo.trial import KEPT, PROMPTS, Demo, Tally, picture_of, saved
-from scripts.demo.world import PLACES, SIZES, Scene, centre_of, describe, edited, instruct, random_scene
+from scripts.demo.world import (
+    PLACES,
+    SIZES,
+    STILL_HALF,
+    Scene,
+    describe,
+    draw_still,
+    edited,
+    instruct,
+    random_scene,
+    still_centre,
+)
 
 
 def score_flux(count: int = PROMPTS) -> Iterable[Tally]:
@@ -46,12 +57,11 @@ def in_order(demo: Demo, scene: Scene, seed: int, more: dict[str, Any]) -> bool:
 
 def in_place(seen: Seen, scene: Scene, size: tuple[int, int]) -> bool:
     """Nearer to where it was asked to be than to any other place."""
-    half = min(size) / 2
-    extent = (size[0] / 2 / half, size[1] / 2 / half)
+    unit = STILL_HALF / min(size)
 
     def distance(place: str) -> float:
-        x, y = centre_of(replace(scene, place=place, dx=0, dy=0), extent)
-        return float(np.hypot(seen.x - x / 2, seen.y - y / 2))
+        x, y = still_centre(replace(scene, place=place, dx=0, dy=0), *size)
+        return float(np.hypot(seen.x - x * unit, seen.y - y * unit))
 
     return min(PLACES, key=distance) == scene.place
 
@@ -61,7 +71,7 @@ def from_picture(demo: Demo, count: int) -> Tally:
     tally, random = Tally("flux-dev, image-to-image at 0.75"), Random(2)
     for n in range(count):
         scene = random_scene(random, test=True)
-        before = picture_of(scene)
+        before = picture_of(draw_still(scene, 256, 256))
         with saved(before) as file:
             after = demo.image(describe(scene, random, whole=True)[0], n, images=(file,), strength=0.75)
         compare(tally, look(np.asarray(before)), look(after), scene, changed=None)
@@ -73,7 +83,7 @@ def kontext(demo: Demo, count: int) -> Tally:
     for n in range(count):
         scene = random_scene(random)
         name, target = edited(scene, random, test=True)
-        before = picture_of(scene)
+        before = picture_of(draw_still(scene, 256, 256))
         with saved(before) as file:
             after = demo.image(instruct(scene, name, getattr(target, name), random), n, images=(file,), strength=1.0)
         compare(tally, look(np.asarray(before)), look(after), target, changed=name)

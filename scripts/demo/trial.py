@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from pipelines.base import Way
@@ -16,7 +17,6 @@ from pipelines.catalog import Catalog
 from pipelines.installed import Installed
 from pipelines.params import ExtendVideo, ImageToImage, TextToImage, TextToVideo
 from pipelines.residency import Residency
-from scripts.demo.world import Scene, draw
 
 PROMPTS = 200
 KEPT = 0.08
@@ -76,8 +76,9 @@ def family(name: str) -> Any:
     return import_module(f"pipelines.{name}")
 
 
-def picture_of(scene: Scene, side: int = 256) -> Image.Image:
-    return Image.fromarray(((draw(scene, side, side).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+def picture_of(drawn: torch.Tensor) -> Image.Image:
+    """Of (3, height, width), from -1 to 1."""
+    return Image.fromarray(((drawn.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
 
 
 @contextmanager

@@ -26,6 +26,8 @@ PLACES = {
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MARGIN = 0.1
 """Between a shape at an edge and that edge, at least."""
+STILL_HALF, LATTICE = 128, 16
+"""Pixels: the unit of length, and the grid for the centres of shapes, in still pictures."""
 SPEED = 0.36
 """Of a moving shape, in half sides a second: from one edge of a square to the other in three to four seconds."""
 
@@ -136,15 +138,36 @@ def centre_of(scene: Scene, extent: tuple[float, float]) -> tuple[float, float]:
     return x + scene.dx, y + scene.dy
 
 
-def draw(scene: Scene, width: int, height: int, centre: tuple[float, float] | None = None) -> torch.Tensor:
-    """(3, height, width), from -1 to 1."""
-    half = min(width, height) / 2
+def draw(
+    scene: Scene, width: int, height: int, centre: tuple[float, float] | None = None, half: float | None = None
+) -> torch.Tensor:
+    """(3, height, width), from -1 to 1. `half` is the unit of length in pixels; else half the canvas's shorter side."""
+    half = half or min(width, height) / 2
     at_x, at_y = centre or centre_of(scene, (width / 2 / half, height / 2 / half))
     x = ((torch.arange(width) + 0.5 - width / 2) / half - at_x) / scene.radius
     y = ((torch.arange(height) + 0.5 - height / 2) / half - at_y) / scene.radius
     pixels_out = distances(scene.shape, x[None, :].expand(height, width), y[:, None].expand(height, width))
     inside = (0.5 - pixels_out * scene.radius * half).clamp(0, 1)
     return torch.lerp(rgb(scene.background)[:, None, None], rgb(scene.colour)[:, None, None], inside)
+
+
+def still_centre(scene: Scene, width: int, height: int) -> tuple[float, float]:
+    """Of the shape in a still picture: on a lattice of 16 pixels, but for its small chances, in units of 128 pixels.
+
+    A latent of Flux's VAE takes 16 x 16 pixels, so a shape looks the same to the transformer wherever it is.
+    """
+    plain = replace(scene, scale=1.0, dx=0.0, dy=0.0)
+    centre = centre_of(plain, (width / 2 / STILL_HALF, height / 2 / STILL_HALF))
+    x, y = (
+        (round((at * STILL_HALF + side / 2) / LATTICE) * LATTICE - side / 2) / STILL_HALF
+        for at, side in zip(centre, (width, height), strict=True)
+    )
+    return x + scene.dx, y + scene.dy
+
+
+def draw_still(scene: Scene, width: int, height: int) -> torch.Tensor:
+    """(3, height, width), from -1 to 1: shapes are as large on every canvas as on one of 256 x 256."""
+    return draw(scene, width, height, still_centre(scene, width, height), STILL_HALF)
 
 
 def draw_batch(scenes: Sequence[Scene], width: int, height: int) -> torch.Tensor:
