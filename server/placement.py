@@ -112,6 +112,20 @@ def best(need: Need, idle: Iterable[Device]) -> Device:
     return device
 
 
+def options(need: Need, idle: Iterable[Device]) -> list[tuple[float, Device]]:
+    """The devices that could run the job now, best first, with the seconds that loading adds if nothing was prefetched.
+
+    Prefetching is for the job that is to come, and no reason for another one to come in its place.
+    """
+    ways = [(device, way) for device in idle if (way := choose(need, device))]
+    timed = [(way.tiled, seconds(need, device, way), -device.free_bytes, device, way) for device, way in ways]
+    best_first = sorted(timed, key=lambda option: option[:3])
+    return [
+        (seconds(need, device.without_brought(), way) if device.brought else load_s, device)
+        for _, load_s, _, device, way in best_first
+    ]
+
+
 def evictions(need: Need, device: Device) -> list[Evict]:
     """What makes room for the job: the least recently used first, nothing that it needs, no more than must be.
 

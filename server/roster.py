@@ -10,9 +10,9 @@ from server.jobs import Job
 from server.others import Others, taken
 from server.placement import LINK_BYTES_PER_S
 from server.remote import errand
-from server.scheduler import Waiting
 from server.supervisor import Supervisor
 from server.vram import Need
+from server.waiting import Waiting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,47 +1,18 @@
 """Which job runs where, and when. Pure: no clock, no I/O, no log. What it promises is in `docs/scheduling.md`."""
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
 
 from server.ahead import Prefetch, preparation
 from server.fairness import Shares
-from server.placement import Device, Evict, after, choose, evictions, refusal, seconds
-from server.vram import Need
+from server.placement import Device, Evict, after, evictions, options, refusal
+from server.waiting import Waiting
 
 __all__ = [
     "Action", "Device", "Evict", "Policy", "Prefetch", "Refuse", "Start", "Waiting", "after", "plan", "refusal",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A queued job. A plan reads a sequence of them, oldest first. `priority` is 0 unless an admin said otherwise.
-
-    Jobs of one `group` are alike to their user, who expects them in order, whatever was learned between their submits.
-    """
-
-    job_id: str
-    need: Need
-    user_id: str = ""
-    weight: float = 1.0
-    priority: int = 0
-    expected_s: float = 1.0
-    created_at: float = 0.0
-    group: str = ""
-
-    @cached_property
-    def kind(self) -> str:
-        """Jobs of one kind are alike to a device. A string, since it remembers its hash; and one for all that are."""
-        return sys.intern(f"{hash(self.need)} {self.expected_s:.2g}")
-
-    @cached_property
-    def line(self) -> str:
-        """Jobs of one line are taken one after the other: one user's, of one group (else kind) and priority."""
-        return sys.intern(f"{self.priority} {self.user_id} {self.group or self.kind}")
 
 
 @dataclass(frozen=True)
@@ -250,17 +221,3 @@ def first_of_each(jobs: Iterable[Waiting], names: Sequence[str]) -> dict[str, Wa
     for name, job in zip(names, jobs, strict=True):
         found.setdefault(name, job)
     return found
-
-
-def options(need: Need, idle: Iterable[Device]) -> list[tuple[float, Device]]:
-    """The devices that could run the job now, best first, with the seconds that loading adds if nothing was prefetched.
-
-    Prefetching is for the job that is to come, and no reason for another one to come in its place.
-    """
-    ways = [(device, way) for device in idle if (way := choose(need, device))]
-    timed = [(way.tiled, seconds(need, device, way), -device.free_bytes, device, way) for device, way in ways]
-    best_first = sorted(timed, key=lambda option: option[:3])
-    return [
-        (seconds(need, device.without_brought(), way) if device.brought else load_s, device)
-        for _, load_s, _, device, way in best_first
-    ]

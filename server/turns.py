@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from server import fairness
 from server.fairness import Shares
-from server.scheduler import Waiting
+from server.waiting import Waiting
 
 
 @dataclass(frozen=True)

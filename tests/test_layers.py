@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "spandrel", "rembg", "onnxruntime"}
 PURE = {"jobs", "scheduler", "fairness", "turns", "simulation", "forecast", "placement", "vram", "protocol", "requests"}
-PURE |= {"ahead"}
+PURE |= {"ahead", "waiting"}
 FAMILIES = {"flux", "wan", "ltx", "realesrgan", "rembg"}
 LOADING = FAMILIES | {"residency", "packing", "streaming", "link", "meter", "hostram", "embeddings", "casting", "nf4"}
 LOADING |= {"loading", "lora", "faults", "tiles", "video", "apart", "prefetch", "layout", "books", "fetching"}
