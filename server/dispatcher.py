@@ -36,10 +36,11 @@ from server.roster import (
     Worker,
     WorkerSaid,
 )
+from server.rows import error_of
 from server.rungs import Forced, read_forced
 from server.scribe import Scribe
 from server.shelf import Shelf
-from server.store import Store, error_of
+from server.store import Store
 from server.supervisor import OnEvent, Supervisor
 from server.timings import read_timings
 from server.vram import shape_of

@@ -13,9 +13,9 @@ from server.jobs import Job
 from server.memory import Memory
 from server.outputs import Files
 from server.roster import Preparation, Queued, Worker
+from server.rows import HUNG, INTERRUPTED, error_of
 from server.scheduler import Action, Evict, Prefetch, Refuse, Start
 from server.scribe import Scribe
-from server.store import HUNG, INTERRUPTED, error_of
 from server.timings import hang_s, record_timing
 from server.vram import Need, shape_of
 from server.watchers import Watchers

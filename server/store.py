@@ -11,25 +11,13 @@ from typing import Any, ParamSpec, TypeVar
 from sqlite_utils import Database
 
 from server import idempotency, ledger, limits
-from server.errors import PlantainError
 from server.jobs import MAX_ATTEMPTS, Job, NewJob
 from server.opening import open_database
-from server.scheduler import Waiting
+from server.rows import INTERRUPTED, LOST_ON_THE_WAY, job_of, ran_of, row_of
 from server.turns import Ran
-from server.vram import Need
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-INTERRUPTED = {"error": "The worker died twice while running this job.", "code": "GENERATION_FAILED"}
-HUNG = {
-    "error": "The job showed no progress for many times as long as it should take, twice.",
-    "code": "GENERATION_TIMEOUT",
-}
-LOST_ON_THE_WAY = {
-    "error": "The server died while it handed this job to fal.ai. It is not known to have arrived, and not sent twice.",
-    "code": "REMOTE_SUBMIT_UNKNOWN",
-}
 
 
 class Store:
@@ -66,26 +54,7 @@ class Store:
 
         Returns the job and the balance. Raises KeyTaken, ConcurrencyLimit or InsufficientCredits, in this order.
         """
-        row = {
-            "id": new.id,
-            "user_id": new.user_id,
-            "key_id": new.key_id,
-            "kind": new.kind,
-            "model": new.model,
-            "workflow": new.workflow,
-            "status": "queued",
-            "params": json.dumps(new.params),
-            "pixels": new.pixels,
-            "output_name": new.output_name,
-            "credits": new.credits,
-            "created_at": now,
-            "served_by": "fal" if new.remote_endpoint else None,
-            "remote_endpoint": new.remote_endpoint,
-            "overflow": json.dumps(new.overflow) if new.overflow else None,
-            "weight": new.weight,
-            "promised_start_at": promised_start_at,
-            "weights": new.weights,
-        }
+        row = row_of(new, now, promised_start_at)
         with self.atomic() as db:
             idempotency.claim(db, new, now)
             limits.take_slot(db, new.user_id, new.at_once, now)
@@ -137,7 +106,7 @@ class Store:
         for row in list(self.db.query(lost)):
             self.fail(row["id"], LOST_ON_THE_WAY, now)
         going_on = "SELECT * FROM job WHERE status IN ('queued', 'running') AND served_by = 'fal' ORDER BY seq"
-        return [_job(row) for row in self.db.query(going_on)]
+        return [job_of(row) for row in self.db.query(going_on)]
 
     def succeed(self, job_id: str, output: Mapping[str, Any], now: float, name: str | None = None) -> Job | None:
         """Running → succeeded, and its output file is known from now on. None if it runs no more.
@@ -181,7 +150,7 @@ class Store:
         for row in list(self.db.query(running)):
             self.requeue(row["id"], now)
         queued = "SELECT * FROM job WHERE status = 'queued' AND served_by IS NOT 'fal' ORDER BY seq"
-        return [_job(row) for row in self.db.query(queued)]
+        return [job_of(row) for row in self.db.query(queued)]
 
     def ran(self, since: float, most: int = 10_000) -> list[Ran]:
         """What ran here to its end since then, the last ones: for the books of who has had how much."""
@@ -190,7 +159,7 @@ class Store:
             " AND finished_at > :since AND served_by IS NOT 'fal' ORDER BY seq DESC LIMIT :most",
             {"since": since, "most": most},
         )
-        return [_ran(row) for row in rows][::-1]
+        return [ran_of(row) for row in rows][::-1]
 
     def prioritise(self, job_id: str, priority: int) -> Job | None:
         """None if it waits no more."""
@@ -213,7 +182,7 @@ class Store:
     def job(self, job_id: str) -> Job:
         """Raises KeyError."""
         for row in self.db.query("SELECT * FROM job WHERE id = ?", [job_id]):
-            return _job(row)
+            return job_of(row)
         raise KeyError(job_id)
 
     def jobs(self, user_id: str | None, before: str | None, limit: int, status: str | None = None) -> list[Job]:
@@ -223,7 +192,7 @@ class Store:
             " AND seq < coalesce((SELECT seq FROM job WHERE id = :before), 9e18) ORDER BY seq DESC LIMIT :limit",
             {"user": user_id, "before": before, "limit": limit, "status": status},
         )
-        return [_job(row) for row in rows]
+        return [job_of(row) for row in rows]
 
     def add_upload(self, name: str, user_id: str, now: float) -> None:
         self._add_file(name, user_id, "upload", None, now)
@@ -247,26 +216,9 @@ class Store:
         return job
 
     def _changed(self, sql: str, values: dict[str, Any]) -> Job | None:
-        return next((_job(row) for row in self.db.query(sql, values)), None)
+        return next((job_of(row) for row in self.db.query(sql, values)), None)
 
     def _add_file(self, name: str, user_id: str, origin: str, job_id: str | None, now: float) -> None:
         self.db.table("file").insert(
             {"name": name, "user_id": user_id, "job_id": job_id, "origin": origin, "created_at": now}, ignore=True
         )
-
-
-def error_of(error: PlantainError) -> dict[str, Any]:
-    """What a failed job's row keeps of an error."""
-    return {"error": error.message, "code": error.code, **error.extra}
-
-
-def _ran(row: dict[str, Any]) -> Ran:
-    job = Waiting(row["id"], Need((), 0), row["user_id"], row["weight"], created_at=row["created_at"])
-    return Ran(job, row["started_at"], row["finished_at"])
-
-
-def _job(row: dict[str, Any]) -> Job:
-    fields = {name: row[name] for name in Job.__dataclass_fields__}
-    for name in ("params", "output", "error", "overflow"):
-        fields[name] = json.loads(row[name]) if row[name] else None
-    return Job(**fields)

@@ -15,9 +15,10 @@ from server.ladder import Rung
 from server.outputs import Files
 from server.remote.parts import make
 from server.remote.routes import may_overflow
+from server.rows import error_of
 from server.rungs import read_forced, record_rung, way_of
 from server.settings import Settings
-from server.store import Store, error_of
+from server.store import Store
 from tests.fake_fal import KEY, FakeFal
 from tests.house import GENERATE, House, data_url, running
 from tests.remote_house import LOOPBACK, picture

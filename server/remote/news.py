@@ -6,8 +6,8 @@ from typing import TypeVar
 from server import protocol
 from server.floor import Floor
 from server.remote import errand
+from server.rows import error_of
 from server.scribe import Scribe
-from server.store import error_of
 
 T = TypeVar("T")
 
