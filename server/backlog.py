@@ -117,6 +117,9 @@ class Backlog:
         view = worker.view
         return view if view.ahead in self.jobs else replace(view, ahead=None)
 
+    def views(self, workers: Iterable[Worker]) -> list[Device]:
+        return [self.view(worker) for worker in workers]
+
     def places(self, workers: Sequence[Worker], now: float, also: Waiting | None = None) -> dict[str, Place]:
         """Where each job stands; `also` is one that would come now. Looked up again at most once a second."""
         state = (self._changes, int(now), also)
@@ -124,8 +127,7 @@ class Backlog:
             waiting = [*self.jobs.values(), *([also] if also else [])]
             turns = self.turns if also is None else self.turns.with_one_more(also)
             free = {worker.id: at for worker in workers if (at := free_at(worker, now)) is not None}
-            devices = [self.view(worker) for worker in workers]
-            self._seen = (state, forecast.forecast(waiting, devices, free, now, turns, self.policy))
+            self._seen = (state, forecast.forecast(waiting, self.views(workers), free, now, turns, self.policy))
         return self._seen[1]
 
     def promise(self, new: NewJob, runnable: Runnable, workers: Sequence[Worker], now: float) -> float | None:

@@ -12,6 +12,7 @@ from server import protocol, scheduler
 from server.backlog import Backlog
 from server.devices import DeviceSpec, free_bytes
 from server.door import Door, stopping
+from server.endings import Endings
 from server.errors import InternalError, PlantainError
 from server.floor import Floor
 from server.forecast import Place
@@ -85,18 +86,11 @@ class Dispatcher:
         self.watchers, self.scribe = Watchers(), Scribe(store)
         self.memory = Memory(store, devices)
         shelf.peaks = self.memory.peaks
+        self.workers: dict[str, Worker] = {}
+        to_fal = desk.start if desk and desk.connected else None
+        self.endings = Endings(self.scribe, self.backlog, self.memory, self.watchers, self.workers, clock, to_fal)
+        self.floor = Floor(self.endings, files, self._respawn_later)
         families = shelf.families()
-        self.floor = Floor(
-            self.scribe,
-            files,
-            self.backlog,
-            self.memory,
-            self.watchers,
-            clock,
-            self._respawn_later,
-            desk.start if desk and desk.connected else None,
-        )
-        self.workers = self.floor.workers
         self.door = Door(self.floor, desk, self.inbox, clock, max_queued, max_queued_each)
         self.submit, self.submit_remote = self.door.submit, self.door.submit_remote
         for device in devices:
@@ -180,7 +174,7 @@ class Dispatcher:
 
     @property
     def progress(self) -> Mapping[str, protocol.Progress]:
-        return self.floor.progress
+        return self.endings.progress
 
     @property
     def queue(self) -> Mapping[str, Queued]:
@@ -264,13 +258,13 @@ class Dispatcher:
             case SubmittedRemote(job) if self.desk:
                 self.desk.start(job)
             case DeskSaid(said):
-                await hear(said, self.scribe, self.floor, self.clock())
+                await hear(said, self.scribe, self.endings, self.clock())
 
     # What the loop does
 
     async def _cancel(self, job_id: str) -> None:
         if self.backlog.drop(job_id):
-            self.floor.done(await self.scribe.write(self.store.cancel, job_id, self.clock()))
+            self.endings.done(await self.scribe.write(self.store.cancel, job_id, self.clock()))
         if self.desk:
             self.desk.cancel(job_id)
         self.floor.cancel(job_id)

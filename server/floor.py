@@ -1,24 +1,16 @@
-"""The workers, and what becomes of the jobs that they run. The dispatcher's: it tells what to do and what was said."""
+"""The workers. The dispatcher's: it tells what they are to do, and what they said."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from pipelines.base import Held, Peak
+from pipelines.base import Held
 from server import protocol, scheduler
-from server.backlog import Backlog
-from server.errors import DoesNotFit
-from server.jobs import Job
-from server.memory import Memory
+from server.endings import Endings
 from server.outputs import Files
 from server.roster import Preparation, Queued, Worker
-from server.rows import HUNG, INTERRUPTED, error_of
 from server.scheduler import Action, Evict, Prefetch, Refuse, Start
-from server.scribe import Scribe
-from server.timings import hang_s, record_timing
-from server.vram import Need, shape_of
-from server.watchers import Watchers
+from server.timings import hang_s
 
 log = logging.getLogger("plantain.floor")
 
@@ -28,31 +20,16 @@ START_PATIENCE_S = 300.0
 
 
 class Floor:
-    """`respawn` is asked to start a device's worker again, after so many seconds.
+    """`respawn` is asked to start a device's worker again, after so many seconds."""
 
-    `send_to_fal` starts a job's way through fal; None where nothing can be sent there.
-    """
-
-    def __init__(
-        self,
-        scribe: Scribe,
-        files: Files,
-        backlog: Backlog,
-        memory: Memory,
-        watchers: Watchers,
-        clock: Callable[[], float],
-        respawn: Callable[[str, float], None],
-        send_to_fal: Callable[[Job], None] | None = None,
-    ) -> None:
-        self.scribe, self.files, self.backlog, self.memory, self.watchers = scribe, files, backlog, memory, watchers
-        self.store, self.write = scribe.store, scribe.write
-        self.clock, self.respawn, self.send_to_fal = clock, respawn, send_to_fal
-        self.workers: dict[str, Worker] = {}
-        self.progress: dict[str, protocol.Progress] = {}
+    def __init__(self, endings: Endings, files: Files, respawn: Callable[[str, float], None]) -> None:
+        self.endings, self.files, self.respawn = endings, files, respawn
+        self.backlog, self.memory, self.workers = endings.backlog, endings.memory, endings.workers
+        self.store, self.write, self.clock = endings.store, endings.write, endings.clock
 
     @property
     def devices(self) -> list[scheduler.Device]:
-        return [self.backlog.view(worker) for worker in self.workers.values()]
+        return self.backlog.views(self.workers.values())
 
     def state(self, worker: Worker) -> dict[str, Any]:
         """A worker's device as people and programs see it."""
@@ -72,7 +49,7 @@ class Floor:
                 await self._show(worker, ())
             case protocol.Progress(job_id):
                 worker.status, worker.sign_at = "running", self.clock()
-                self.progress[job_id] = event
+                self.endings.progress[job_id] = event
             case protocol.Resident(components, held):
                 worker.told(components, tuple((each.key, each.host_bytes) for each in held if each.host_bytes))
                 worker.settled = worker.status == "idle" and not any(each.coming for each in worker.preparations)
@@ -81,16 +58,12 @@ class Floor:
                 await self._prefetched(worker, job_id, failure)
             case protocol.Died(exit_code):
                 await self._mourn(worker, exit_code)
-            case protocol.Succeeded(job_id, width, height, run_s, duration_s, peaks):
-                await self._learn(worker, peaks)
-                ran, load_s = worker.runs, worker.load_s
-                output = {"width": width, "height": height} | ({"duration": duration_s} if duration_s else {})
-                await self._end(worker, self.store.succeed, job_id, output, self.clock())
-                await self._learn_time(ran, max(0.0, run_s - load_s))
+            case protocol.Succeeded():
+                await self.endings.succeed(worker, event)
             case protocol.Cancelled(job_id):
-                await self._end(worker, self.store.cancel, job_id, self.clock())
-            case protocol.Failed(job_id, code, message):
-                await self._fail(worker, job_id, code, message)
+                await self.endings.cancel(worker, job_id)
+            case protocol.Failed():
+                await self.endings.fail(worker, event)
 
     async def perform(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -104,7 +77,7 @@ class Floor:
                 case Start(job_id, device):
                     await self._start(self.backlog.start(job_id, self.clock()), self.workers[device])
                 case Refuse(job_id):
-                    await self._refuse(job_id)
+                    await self.endings.refuse(job_id)
 
     async def hear_driver(self, free_bytes: Mapping[str, int]) -> None:
         """What other programs took of the devices bounds what is planned from now on."""
@@ -136,12 +109,6 @@ class Floor:
             if worker.runs and worker.runs.job_id == job_id:
                 worker.cancelling = True
                 worker.supervisor.send(protocol.Cancel(job_id))
-
-    def done(self, job: Job | None) -> None:
-        if job:
-            self.progress.pop(job.id, None)
-            self.memory.forget(job.id)
-            self.watchers.tell(job.id, job)
 
     async def _start(self, queued: Queued, worker: Worker) -> None:
         job = await self.write(self.store.start, queued.job_id, worker.supervisor.device.id, self.clock())
@@ -185,77 +152,6 @@ class Floor:
             log.warning("%s: not all that job %s needs came ahead: %s", worker.id, job_id, failure)
         await self._show(worker, self.memory.held.get(worker.id, ()))
 
-    async def _refuse(self, job_id: str) -> None:
-        """What was learned of memory since its submit: no device could hold it. It runs at fal, or fails."""
-        dropped = self.backlog.drop(job_id)
-        if dropped and await self._hand_over(dropped.job):
-            return
-        refusal = scheduler.refusal(dropped.need, self.devices) if dropped else ""
-        error = error_of(DoesNotFit(f"The job {refusal}."))
-        self.done(await self.write(self.store.fail, job_id, error, self.clock()))
-
-    async def _fail(self, worker: Worker, job_id: str, code: str, message: str) -> None:
-        """A job that ran out of memory is tried in another way or place, as long as there is one; fal is the last."""
-        if code == "OUT_OF_MEMORY" and worker.runs and await self._goes_on(worker, worker.runs):
-            return
-        if tried := self.memory.tried(job_id):
-            message = f"{message} Tried: {'; '.join(tried)}."
-        await self._end(worker, self.store.fail, job_id, {"error": message, "code": code}, self.clock())
-
-    async def _goes_on(self, worker: Worker, ran: Queued) -> bool:
-        """False if nothing is left for a job that ran out of memory. One that was cancelled meanwhile ends so."""
-        worker.lose_all()
-        if worker.cancelling:
-            await self._end(worker, self.store.cancel, ran.job_id, self.clock())
-        elif need := await self._next_try(worker, ran):
-            await self._run_again(worker, need)
-            worker.status = "idle"
-        elif await self._hand_over(ran.job):
-            self._leave(worker)
-        else:
-            return False
-        return True
-
-    async def _next_try(self, worker: Worker, queued: Queued) -> Need | None:
-        now, job, at = self.clock(), queued.job, worker.view
-        return await self.write(
-            self.memory.ran_out, job, queued.need, at, self.devices, now, then_fal=self._way_to_fal(job) is not None
-        )
-
-    def _way_to_fal(self, job: Job) -> Callable[[Job], None] | None:
-        return self.send_to_fal if job.overflow else None
-
-    async def _hand_over(self, job: Job) -> bool:
-        """To fal, if it may. A server that dies after it is written down and before it is sent sends it then."""
-        send = self._way_to_fal(job)
-        remote = await self.write(self.store.hand_over, job.id) if send else None
-        if send is None or remote is None:
-            return False
-        log.warning("job %s goes to fal.ai: no device here holds it", job.id)
-        self.progress.pop(job.id, None)
-        self.memory.forget(job.id)
-        send(remote)
-        return True
-
-    async def _learn(self, worker: Worker, peaks: Sequence[Peak]) -> None:
-        """What the run took, for the jobs to come."""
-        if worker.runs and peaks:
-            job, model = worker.runs.job, worker.runs.weights.model
-            shape = shape_of(job.params, job.pixels)
-            for row in await self.write(self.memory.learn, job.id, model, shape, peaks, self.clock()):
-                self.memory.peaks.add(row)
-            self.memory.demote(job.id, model, shape, worker.view)
-
-    async def _learn_time(self, ran: Queued | None, run_s: float) -> None:
-        """How long such jobs take, but for the weights that this one had to wait for."""
-        if ran:
-            await self.write(record_timing, self.store.db, self.backlog.learn(ran, run_s))
-
-    async def learn_remote(self, job: Job) -> None:
-        """How long a job took at fal."""
-        if timing := self.backlog.learn_remote(job):
-            await self.write(record_timing, self.store.db, timing)
-
     async def _show(self, worker: Worker, held: Sequence[Held]) -> None:
         """What the worker has, for whoever looks."""
         self.memory.held[worker.id] = tuple(held)
@@ -267,36 +163,10 @@ class Floor:
         worker.status, worker.copies = "dead", ()
         worker.lose_all()
         await self._show(worker, ())
-        await self._run_again(worker)
+        await self.endings.run_again(worker)
         delay_s = min(LONGEST_RESPAWN_DELAY_S, 2.0**worker.deaths - 1)
         worker.deaths += 1
         self.respawn(worker.id, delay_s)
-
-    async def _run_again(self, worker: Worker, need: Need | None = None) -> None:
-        """Because its worker died; or, with another `need`, because memory ran out, which is no attempt."""
-        queued, worker.runs = worker.runs, None
-        error, worker.hung = HUNG if worker.hung else INTERRUPTED, False
-        if queued is None:
-            return
-        self.progress.pop(queued.job_id, None)
-        job = await self.write(self.store.requeue, queued.job_id, self.clock(), count_attempt=need is None, error=error)
-        if job and not job.is_final:
-            again = replace(queued, need=need or queued.need, job=job)
-            self.backlog.add_back(again)
-        else:
-            self.backlog.ended(queued, 0.0)
-            self.done(job)
-
-    async def _end(self, worker: Worker, write: Callable[..., Job | None], *values: Any) -> None:
-        job = await self.write(write, *values)
-        self._leave(worker)
-        self.done(job)
-
-    def _leave(self, worker: Worker) -> None:
-        """The worker's job is its own no more."""
-        if worker.runs:
-            self.backlog.ended(worker.runs, max(0.0, self.clock() - worker.started_at))
-        worker.status, worker.runs, worker.deaths = "idle", None, 0
 
 
 def expect(worker: Worker, queued: Queued, now: float) -> None:

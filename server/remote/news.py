@@ -4,7 +4,7 @@ import asyncio
 from typing import TypeVar
 
 from server import protocol
-from server.floor import Floor
+from server.endings import Endings
 from server.remote import errand
 from server.rows import error_of
 from server.scribe import Scribe
@@ -12,7 +12,7 @@ from server.scribe import Scribe
 T = TypeVar("T")
 
 
-async def hear(said: errand.Said, scribe: Scribe, floor: Floor, now: float) -> None:
+async def hear(said: errand.Said, scribe: Scribe, endings: Endings, now: float) -> None:
     store = scribe.store
     match said:
         case errand.HandingOver(job_id, written):
@@ -21,15 +21,15 @@ async def hear(said: errand.Said, scribe: Scribe, floor: Floor, now: float) -> N
             await scribe.write(store.keep_request_id, job_id, request_id)
             _answer(kept, None)
         case protocol.Progress(job_id):
-            floor.progress[job_id] = said
+            endings.progress[job_id] = said
         case errand.Finished(job_id, made):
             if job := await scribe.write(store.succeed, job_id, made.output, now, made.name):
-                await floor.learn_remote(job)
-                floor.done(job)
+                await endings.learn_remote(job)
+                endings.done(job)
         case protocol.Cancelled(job_id):
-            floor.done(await scribe.write(store.cancel, job_id, now))
+            endings.done(await scribe.write(store.cancel, job_id, now))
         case errand.Broken(job_id, error):
-            floor.done(await scribe.write(store.fail, job_id, error_of(error), now))
+            endings.done(await scribe.write(store.fail, job_id, error_of(error), now))
 
 
 def _answer(future: asyncio.Future[T], result: T) -> None:
