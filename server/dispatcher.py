@@ -5,23 +5,22 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from server import protocol, scheduler
-from server.backlog import Backlog
 from server.devices import DeviceSpec, free_bytes
 from server.door import Door, stopping
 from server.endings import Endings
-from server.errors import InternalError, PlantainError
+from server.errors import InternalError
 from server.floor import Floor
 from server.forecast import Place
 from server.jobs import Job
+from server.loop import Loop
 from server.memory import Memory
 from server.outputs import Files
+from server.recovery import backlog_of, recall, take_up
 from server.remote import errand
 from server.remote.desk import Desk
-from server.remote.news import hear
 from server.roster import (
     CancelAsked,
     DeskSaid,
@@ -31,20 +30,14 @@ from server.roster import (
     PriorityAsked,
     Queued,
     RespawnDue,
-    Submitted,
-    SubmittedRemote,
     Tick,
     Worker,
     WorkerSaid,
 )
-from server.rows import error_of
-from server.rungs import Forced, read_forced
 from server.scribe import Scribe
 from server.shelf import Shelf
 from server.store import Store
 from server.supervisor import OnEvent, Supervisor
-from server.timings import read_timings
-from server.vram import shape_of
 from server.watchers import Watchers
 
 log = logging.getLogger("plantain.dispatcher")
@@ -53,14 +46,10 @@ Spawn = Callable[[DeviceSpec, Sequence[str], OnEvent], Supervisor]
 
 STOP_PATIENCE_S = 5.0
 TICK_S = 1.0
-REMEMBERED_S = 7 * 86_400.0
-"""How long it counts, over restarts, that jobs ran out of memory: what else was on the device may be gone."""
-SHARES_S = 86_400.0
-"""Who has had how much in this time counts after a restart, too."""
 
 
 class Dispatcher:
-    """Decides by `plan()`, performs what it says, and writes down what came of it."""
+    """What others may ask of it, its start and its end. What it does is its loop's, its floor's and its endings'."""
 
     def __init__(
         self,
@@ -80,9 +69,7 @@ class Dispatcher:
         if desk:
             desk.tell = self._desk_said
         self.inbox: asyncio.Queue[Message] = asyncio.Queue()
-        self.backlog = Backlog(read_timings(store.db), store.halted(), store.ran(clock() - SHARES_S))
-        self.leaving = False
-        self.quiet = asyncio.Event()
+        self.backlog = backlog_of(store, clock())
         self.watchers, self.scribe = Watchers(), Scribe(store)
         self.memory = Memory(store, devices)
         shelf.peaks = self.memory.peaks
@@ -90,43 +77,43 @@ class Dispatcher:
         to_fal = desk.start if desk and desk.connected else None
         self.endings = Endings(self.scribe, self.backlog, self.memory, self.watchers, self.workers, clock, to_fal)
         self.floor = Floor(self.endings, files, self._respawn_later)
-        families = shelf.families()
+        self.loop = Loop(self.inbox, self.scribe, self.floor, desk, clock)
         self.door = Door(self.floor, desk, self.inbox, clock, max_queued, max_queued_each)
         self.submit, self.submit_remote = self.door.submit, self.door.submit_remote
+        families = shelf.families()
         for device in devices:
             worker = Worker(spawn(device, families, self._worker_said), device.budget_bytes)
             worker.halted = device.id in self.backlog.halted
             self.workers[device.id] = worker
         self._ticking: asyncio.TimerHandle | None = None
         self._asking: asyncio.Task[None] | None = None
-        self._loop: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
         self.fallen: str | None = None
 
     # What others may ask
 
     async def start(self) -> None:
         """Take up the queue where the last server left it, start the workers and the run loop."""
-        for forced in await self.store.call(read_forced, self.store.db, self.clock() - REMEMBERED_S):
-            self._recall(await self.store.call(self.store.job, forced.job_id), forced)
-        for job in await self.store.call(self.store.recover, self.clock()):
-            await self._take_up(job)
+        await recall(self.store, self.shelf, self.memory, self.clock)
+        await take_up(self.store, self.shelf, self.backlog, self.clock)
         for job in await self.store.call(self.store.recover_remote, self.clock()):
-            await self._handle(SubmittedRemote(job))
+            if self.desk:
+                self.desk.start(job)
         for worker in self.workers.values():
             self.floor.spawn(worker)
         self._tick()
         self._asking = asyncio.create_task(self._ask_driver(), name="driver")
-        self._loop = asyncio.create_task(self._run(), name="dispatcher")
-        self._loop.add_done_callback(self._fell)
+        self._running = asyncio.create_task(self.loop.run(), name="dispatcher")
+        self._running.add_done_callback(self._fell)
 
     async def leave(self, patience_s: float) -> None:
         """Start nothing more, and wait for the running jobs, so long at most. Others go on at the next start."""
-        self.leaving = self.door.closed = True
+        self.loop.leaving = self.door.closed = True
         for job_id in self.backlog.jobs:
             self.watchers.tell(job_id, stopping())
         self.inbox.put_nowait(Tick())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.quiet.wait(), patience_s)
+            await asyncio.wait_for(self.loop.quiet.wait(), patience_s)
 
     async def stop(self) -> None:
         """End the workers; jobs that were running go on at the next start, at no cost of an attempt."""
@@ -134,7 +121,7 @@ class Dispatcher:
             await self.desk.stop()  # while the loop still writes down what is on its way to fal
         if self._ticking:
             self._ticking.cancel()
-        for task in (self._asking, self._loop):
+        for task in (self._asking, self._running):
             if task:
                 task.cancel()
         for worker in self.workers.values():
@@ -216,73 +203,12 @@ class Dispatcher:
 
     def reason(self, job_id: str) -> str | None:
         """Why a job waits, for a person."""
-        if self.leaving:
+        if self.loop.leaving:
             return "the server is stopping; the job goes on when it is back"
         queued = self.backlog.jobs.get(job_id)
         return self.backlog.reason(queued, list(self.workers.values()), self.clock()) if queued else None
 
-    # The run loop
-
-    async def _run(self) -> None:
-        """Take what has come, then decide once."""
-        while True:
-            if not self.leaving:
-                await self.floor.perform(self.backlog.plan(self.devices, self.clock()))
-            elif not any(worker.runs for worker in self.workers.values()):
-                self.quiet.set()
-            await self._handle(await self.inbox.get())
-            while not self.inbox.empty():
-                await self._handle(self.inbox.get_nowait())
-
-    async def _handle(self, message: Message) -> None:
-        match message:
-            case Submitted(queued):
-                self.backlog.add(queued)
-            case CancelAsked(job_id, heard):
-                await self._cancel(job_id)
-                heard.set_result(None)
-            case PriorityAsked(job_id, priority, heard):
-                await self._prioritise(job_id, priority)
-                heard.set_result(None)
-            case HaltAsked(what, on, heard):
-                await self._halt(what, on)
-                heard.set_result(None)
-            case Tick():
-                self.floor.kill_the_hung()
-            case DriverSaid(free_bytes):
-                await self.floor.hear_driver(free_bytes)
-            case WorkerSaid(device, event):
-                await self.floor.hear(self.workers[device], event)
-            case RespawnDue(device):
-                self.floor.spawn(self.workers[device])
-            case SubmittedRemote(job) if self.desk:
-                self.desk.start(job)
-            case DeskSaid(said):
-                await hear(said, self.scribe, self.endings, self.clock())
-
-    # What the loop does
-
-    async def _cancel(self, job_id: str) -> None:
-        if self.backlog.drop(job_id):
-            self.endings.done(await self.scribe.write(self.store.cancel, job_id, self.clock()))
-        if self.desk:
-            self.desk.cancel(job_id)
-        self.floor.cancel(job_id)
-
-    async def _prioritise(self, job_id: str, priority: int) -> None:
-        job = await self.scribe.write(self.store.prioritise, job_id, priority)
-        if job and (queued := self.backlog.jobs.get(job_id)):
-            self.backlog.put(replace(queued, priority=priority, job=job))
-
-    async def _halt(self, what: str, on: bool) -> None:
-        if on:
-            await self.scribe.write(self.store.halt, what, self.clock())
-            self.backlog.halted.add(what)
-        else:
-            await self.scribe.write(self.store.resume, what)
-            self.backlog.halted.discard(what)
-        if what in self.workers:
-            self.workers[what].halted = on
+    # Around the loop: what it is told, and that it fell
 
     def _tick(self) -> None:
         self.inbox.put_nowait(Tick())
@@ -295,29 +221,6 @@ class Dispatcher:
             self.inbox.put_nowait(DriverSaid(await asyncio.to_thread(free_bytes, gpus)))
             await asyncio.sleep(TICK_S)
 
-    async def _take_up(self, job: Job) -> None:
-        try:
-            runnable = self.shelf.runnable(job.model, job.pixels, job.params, job.weights)
-        except PlantainError as gone:
-            await self.store.call(self.store.fail, job.id, error_of(gone), self.clock())
-        else:
-            self.backlog.add(self.backlog.queued(job, runnable))
-
-    def _recall(self, job: Job, forced: Forced) -> None:
-        try:
-            runnable = self.shelf.runnable(job.model, job.pixels, job.params, job.weights)
-        except PlantainError:
-            return  # the model is not here any more
-        shape = shape_of(job.params, job.pixels)
-        self.memory.recall(runnable.weights.model, runnable.need, forced.way, shape, forced.budget_bytes)
-
-    def _fell(self, loop: asyncio.Task[None]) -> None:
-        """A bug, since nothing else ends the loop: say so to whoever asks, and take the queue up at the next start."""
-        if not loop.cancelled():
-            self.fallen = f"the dispatcher fell: {loop.exception()!r}"
-            log.critical("%s", self.fallen, exc_info=loop.exception())
-            self.watchers.tell_all(InternalError("The server is in trouble; its log says why."))
-
     def _respawn_later(self, device: str, delay_s: float) -> None:
         asyncio.get_running_loop().call_later(delay_s, self.inbox.put_nowait, RespawnDue(device))
 
@@ -326,3 +229,10 @@ class Dispatcher:
 
     def _desk_said(self, said: errand.Said) -> None:
         self.inbox.put_nowait(DeskSaid(said))
+
+    def _fell(self, loop: asyncio.Task[None]) -> None:
+        """A bug, since nothing else ends the loop: say so to whoever asks, and take the queue up at the next start."""
+        if not loop.cancelled():
+            self.fallen = f"the dispatcher fell: {loop.exception()!r}"
+            log.critical("%s", self.fallen, exc_info=loop.exception())
+            self.watchers.tell_all(InternalError("The server is in trouble; its log says why."))

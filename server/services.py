@@ -20,6 +20,7 @@ from server.outputs import Files
 from server.plans import Plans
 from server.prices import FalPrice, fal_prices
 from server.remote import parts as remote
+from server.remote.desk import Desk
 from server.remote.errand import Timing
 from server.settings import Settings
 from server.shelf import Shelf
@@ -74,18 +75,8 @@ def make(
     files = Files(settings.files)
     shelf = Shelf(Catalog.load(settings.weights_toml), Installed(settings.weights, settings.demo))
     media = Media(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
-    devices = inventory(settings.budget_bytes) if devices is None else devices
     desk = remote.make(settings, shelf.catalog, files, clock, timing)
-    dispatcher = Dispatcher(
-        store,
-        files,
-        shelf,
-        devices,
-        desk=desk,
-        max_queued=settings.max_queued,
-        max_queued_each=settings.max_queued_each,
-        clock=clock,
-    )
+    dispatcher = make_dispatcher(settings, store, files, shelf, devices, desk, clock)
     clips = Clips(files, Guard(settings.allowed_networks), offline=settings.offline)
     intake = Intake(shelf, media, clips, files, dispatcher, desk, settings.route)
     return Services(
@@ -102,4 +93,26 @@ def make(
         fal_prices=fal_prices(settings.fal_prices_toml),
         clock=clock,
         first_key=first_key,
+    )
+
+
+def make_dispatcher(
+    settings: Settings,
+    store: Store,
+    files: Files,
+    shelf: Shelf,
+    devices: list[DeviceSpec] | None,
+    desk: Desk,
+    clock: Clock,
+) -> Dispatcher:
+    """`devices` is None for those that the machine has."""
+    return Dispatcher(
+        store,
+        files,
+        shelf,
+        inventory(settings.budget_bytes) if devices is None else devices,
+        desk=desk,
+        max_queued=settings.max_queued,
+        max_queued_each=settings.max_queued_each,
+        clock=clock,
     )
