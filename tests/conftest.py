@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from server.settings import Settings
+from tests.fake_fal import FakeFal
 from tests.house import House, furnish, running
 
 
@@ -30,3 +31,10 @@ def house(furnished: Settings) -> Iterator[House]:
     with running(furnished) as it:
         it.until(lambda: it.client.get("/readyz").is_success)
         yield it
+
+
+@pytest.fixture(scope="module")
+def one_fal() -> Iterator[FakeFal]:
+    """One for all tests of a file; each begins with `anew`."""
+    with FakeFal().running() as fake:
+        yield fake

@@ -62,6 +62,12 @@ class FakeFal:
         self.may_answer = threading.Event()
         self.may_answer.set()
 
+    def anew(self, picture: bytes) -> "FakeFal":
+        """As if nothing had been sent yet; every endpoint answers this picture."""
+        self.reset()
+        self.result = {"images": [{"url": self.serves("made.png", picture)}], "seed": 3}
+        return self
+
     def serves(self, name: str, content: bytes) -> str:
         """A file on the CDN; its URL."""
         self.media[name] = content

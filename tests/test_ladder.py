@@ -27,6 +27,16 @@ async def submit(it: Bench) -> None:
     await it.settle()
 
 
+async def run_out(it: Bench, times: int) -> None:
+    """The job starts, and runs out of memory so often."""
+    it.worker("gpu0").says(Ready())
+    await submit(it)
+    for _ in range(times):
+        it.worker("gpu0").says(OUT)
+        await it.settle()
+        await it.settle()
+
+
 def ways(it: Bench, device: str = "gpu0") -> list[str]:
     return [command.way.name for command in it.worker(device).told if isinstance(command, Run)]
 
@@ -53,11 +63,7 @@ async def test_it_goes_down_on_one_device_and_then_to_the_other_and_no_try_is_an
 
 @told()
 async def test_jobs_like_it_begin_where_a_job_ended_well(it: Bench):
-    it.worker("gpu0").says(Ready())
-    await submit(it)
-    for _ in range(2):
-        it.worker("gpu0").says(OUT)
-        await it.settle()
+    await run_out(it, 2)
     peaks = it.dispatcher.memory.peaks
     assert peaks.of("a") == []
     it.worker("gpu0").says(Succeeded("j1", 8, 8, 0.1, peaks=(Peak("decode", 2, 2, 10),)))
@@ -70,12 +76,7 @@ async def test_jobs_like_it_begin_where_a_job_ended_well(it: Bench):
 
 @told()
 async def test_when_nothing_is_left_the_job_fails_with_what_was_tried(it: Bench):
-    it.worker("gpu0").says(Ready())
-    await submit(it)
-    for _ in range(5):
-        it.worker("gpu0").says(OUT)
-        await it.settle()
-        await it.settle()
+    await run_out(it, 5)
     error = it.job(1).error
     assert error and error["code"] == "OUT_OF_MEMORY"
     assert error["error"].endswith(

@@ -40,17 +40,9 @@ WORD = {"prompt": "never", "model": "hungry-dev"}
 """It runs out of memory in every way."""
 
 
-@pytest.fixture(scope="module")
-def one_fal() -> Iterator[FakeFal]:
-    with FakeFal().running() as fake:
-        yield fake
-
-
 @pytest.fixture
 def fal(one_fal: FakeFal) -> FakeFal:
-    one_fal.reset()
-    one_fal.result = {"images": [{"url": one_fal.serves("made.png", picture((48, 32)))}], "seed": 3}
-    return one_fal
+    return one_fal.anew(picture((48, 32)))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from server.shelf import Shelf
 from server.vram import Need, Phase, beside
 from tests import tiny_lora
 from tests.house import GENERATE, House
+from tests.test_catalog import ONE
 
 SKETCH = {"id": "sketch", "scale": 1.0}
 
@@ -121,16 +122,9 @@ def test_files_are_named_for_the_worker_and_not_stored_with_the_job(tmp_path: Pa
 # weights.toml, and the command
 
 
-TOML = """
-[models.one]
-name = "One"
-kind = "image"
-family = "flux"
-workflows = ["text-to-image"]
-credits = { base = 1 }
-licence = "MIT"
+TOML = f"""
+{ONE}
 aliases = ["uno"]
-weights = { source = "path", path = "FOLDER" }
 QUANTISED
 
 [models.one.loras."Ink-1.0"]

@@ -18,17 +18,9 @@ ASK = {"prompt": "a boat", "model": "flux-pro"}
 ASYNC = {"Prefer": "respond-async"}
 
 
-@pytest.fixture(scope="module")
-def one_fal() -> Iterator[FakeFal]:
-    with FakeFal().running() as fake:
-        yield fake
-
-
 @pytest.fixture
 def fal(one_fal: FakeFal) -> FakeFal:
-    one_fal.reset()
-    one_fal.result = {"images": [{"url": one_fal.serves("made.png", picture())}], "seed": 3}
-    return one_fal
+    return one_fal.anew(picture())
 
 
 @pytest.fixture
