@@ -171,7 +171,9 @@ def test_nan_is_no_picture_and_the_next_run_is_as_ever(house: House, forgetful: 
 
 
 def test_peaks_are_kept_and_shown(house: House, forgetful: None, settings: Settings):
-    generate(house, "a red circle")
+    assert generate(house, "only resident, tiled", "hungry-schnell").status_code == 200, "it ran out of memory first"
+    assert generate(house, "a prompt of its own").status_code == 200, "which has to be encoded"
+    house.until(lambda: "text_encoder_2" in {each["name"] for each in device(house)["components"]})
     told = CliRunner().invoke(app, ["models", "--memory", "--json", *where(settings)])
     assert told.exit_code == 0, told.output
     assert '"measured": "0.' in told.output
