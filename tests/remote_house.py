@@ -114,4 +114,6 @@ class Street:
 
     def settings(self, **options: Any) -> Settings:
         fal = {"fal_queue_url": f"{self.fal.url}/queue", "fal_rest_url": f"{self.fal.url}/rest", "fal_key": KEY}
-        return Settings(**{"data": self.data, "allowed_networks": LOOPBACK, **fal, **self.options, **options})
+        return Settings(
+            **{"data": self.data, "demo": False, "allowed_networks": LOOPBACK, **fal, **self.options, **options}
+        )

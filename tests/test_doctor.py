@@ -33,7 +33,7 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path):
 
 
 def test_weights_and_their_terms(tmp_path: Path):
-    found = {finding.text.split()[0]: finding for finding in findings("weights", Settings(tmp_path))}
+    found = {finding.text.split()[0]: finding for finding in findings("weights", Settings(tmp_path, demo=False))}
     catalog = Catalog.load()
     assert found.keys() == {model.id for model in catalog.models.values() if model.weights}
     assert found["flux-dev"].text == (

@@ -131,13 +131,14 @@ def test_each_model_of_the_family(house: House, model: str):
 
 def test_a_job_that_a_crash_began_anew(house: House):
     job = house.ask(GENERATE, body(model="flux-dev", numInferenceSteps=50), Prefer="respond-async").json()
-    route = f"/api/jobs/{job['jobId']}"
-    house.until(lambda: house.read(route)["progress"].get("step", 0) > 2)
-    [worker] = [each for each in psutil.Process().children(recursive=True) if "server.worker" in each.cmdline()]
-    os.kill(worker.pid, signal.SIGKILL)
+    route = f"/api/jobs/{job['id']}"
+    house.until(lambda: (house.read(route)["progress"] or {}).get("step", 0) > 2)
+    worker = house.services.dispatcher.workers["cpu"].supervisor.pid
+    assert worker
+    os.kill(worker, signal.SIGKILL)
     done = house.until(lambda: (told := house.read(route))["status"] == "succeeded" and told)
-    assert worker.pid not in psutil.pids()
-    assert shows(house.picture(done["result"]["imageUrl"]))
+    assert worker not in psutil.pids()
+    assert shows(house.picture(done["output"]["imageUrl"]))
 
 
 CALL = """
