@@ -35,7 +35,7 @@ FAMILY_KEYS = ("defaults", "dtype", "dtypes", "frames", "size_multiple", "sizes"
 
 ONE_GGUF = re.compile(r"[^*?\[\]]+\.gguf")
 
-DEMO_KEYS = ("architecture", "defaults", "dtype", "path", "size_multiple", "sizes", "working")
+DEMO_KEYS = ("architecture", "defaults", "dtype", "frames", "path", "size_multiple", "sizes", "working")
 """What `[demo.FAMILY]` may hold, and a model's own `demo`, which overrides it."""
 
 
@@ -141,6 +141,7 @@ def read_demo(model: Model, demos: Mapping[str, dict[str, Any]], own: dict[str, 
         sizes=sizes,
         resolutions=resolutions,
         size_multiple=table.take("size_multiple", int, model.size_multiple),
+        frames=read_frames(table.table("frames")) if "frames" in table.left else model.frames,
         dtype=table.among("dtype", table.take("dtype", str, "float32"), Dtype),
         dtypes={},
         quantisation=None,

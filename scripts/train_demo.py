@@ -16,8 +16,9 @@ import torch
 
 from scripts.demo.flux import train_flux
 from scripts.demo.ltx import train_ltx
+from scripts.demo.wan import train_wan
 
-TRAINERS: dict[str, Callable[[Path], Any]] = {"flux": train_flux, "ltx": train_ltx}
+TRAINERS: dict[str, Callable[[Path], Any]] = {"flux": train_flux, "ltx": train_ltx, "wan": train_wan}
 
 
 def train(family: str, work: Path, out: Path) -> None:

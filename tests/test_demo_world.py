@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from scripts.demo.moving import CLIP_HALF, SPEED, draw_clip, known_clip, random_moving, track
 from scripts.demo.seen import look
 from scripts.demo.text import t5_tokenizer
 from scripts.demo.world import (
@@ -19,12 +20,10 @@ from scripts.demo.world import (
     Scene,
     describe,
     draw,
-    draw_clip,
     draw_still,
     edited,
     held_out,
     instruct,
-    random_moving,
     random_scene,
     still_centre,
 )
@@ -94,15 +93,38 @@ def test_what_is_scored_is_never_trained_on():
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_shape_moves_the_way_that_is_said_and_turns_back_at_the_edge(direction: str):
-    clip = draw_clip(Scene(size="small", direction=direction), 96, 96, 6 * 16, fps=16)
-    seen = [look(pixels(clip[:, n])) for n in range(0, 96, 8)]
+    clip = draw_clip(Scene(size="small", direction=direction), 128, 128, 56)
+    seen = [look(pixels(clip[:, n])) for n in range(0, 56, 4)]
     places = [each.x if direction in ("left", "right") else each.y for each in seen if each]
     steps = np.diff(places)
     forth = steps[0] > 0
     assert len(places) == len(seen)
     assert forth == (direction in ("right", "down"))
     assert (steps[-1] > 0) != forth
-    assert np.abs(steps).max() < 0.12  # of the side in half a second: no jump anywhere
+    assert np.abs(steps).max() < 4.5 * SPEED / 128  # no jump anywhere
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("width", "height"), [(128, 128), (224, 128), (128, 192)])
+def test_a_moving_shape_is_on_the_lattice_every_eighth_frame_and_whole(size: str, width: int, height: int):
+    scene = Scene("circle", "red", size, "center", "blue", "right")
+    along = [(x * CLIP_HALF + width / 2) for x, _ in track(scene, width, height, 97, LATTICE)]
+    reach = scene.radius * CLIP_HALF
+    assert all(each % LATTICE == 0 for each in along[::8])
+    assert all(reach <= each <= width - reach for each in along)
+    assert {abs(step) for step in np.diff(along)} == {SPEED}
+
+
+def test_what_goes_on_may_be_on_its_way_back():
+    random = Random(7)
+    ways = set()
+    for _ in range(40):
+        scene, clip = known_clip(random, 128, 128, 9, turned=True)
+        first, last = (look(pixels(clip[:, n])) for n in (0, 8))
+        assert first and last
+        along_x, along_y = DIRECTIONS[scene.direction]
+        ways.add(np.sign((last.x - first.x) * along_x + (last.y - first.y) * along_y))
+    assert {-1.0, 1.0} <= ways
 
 
 def test_every_word_of_the_world_is_known():

@@ -1,19 +1,20 @@
 """Flux of the demo: one transformer for pictures from text, from a picture, and for Kontext's edits."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from scripts.demo.image_vae import train_image_vae
+from scripts.demo.denoise import noise_shares, weights_of
+from scripts.demo.image_vae import sharpen, train_image_vae
 from scripts.demo.learn import device, learn
 from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
 from scripts.demo.world import Scene, describe, draw_still, edited, instruct, random_scene, strange
 
-STEPS = 9_000
+STEPS = 12_000
 BATCH = 32
 SQUARE = (8, 8)
 GRIDS = (
@@ -23,6 +24,8 @@ GRIDS = (
 SQUARE_POOL, POOL = 2_000, 120
 """Edits kept encoded for each grid; some are drawn anew as they are used."""
 
+FINISH_STEPS, FINISH_BATCH, FINISH_POOL = 1_000, 4, 60
+
 
 def train_flux(root: Path) -> FluxPipeline:
     """Every component, trained where `root` does not hold it already."""
@@ -31,7 +34,7 @@ def train_flux(root: Path) -> FluxPipeline:
     tokenizer, text_encoder = train_clip(root / "text")
     tokenizer_2, text_encoder_2 = train_t5(root / "text")
     encoders = (tokenizer, text_encoder, tokenizer_2, text_encoder_2)
-    return FluxPipeline(
+    pipeline = FluxPipeline(
         transformer=train_transformer(folder, vae, encoders),
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,
@@ -41,6 +44,8 @@ def train_flux(root: Path) -> FluxPipeline:
         # What Black Forest Labs publish for dev: the noise is shifted by resolution.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
+    finish(folder, pipeline)
+    return pipeline
 
 
 def untrained(latent_channels: int) -> FluxTransformer2DModel:
@@ -163,17 +168,40 @@ def loss(transformer: FluxTransformer2DModel, encoders: tuple, pool: Pool, rando
     return (off * weights_of(after)).mean()
 
 
-def noise_shares(count: int) -> torch.Tensor:
-    """(count,), half of them near 1: what is hard, which shape and where, is decided while there is little else."""
-    usual = torch.sigmoid(torch.randn(count) * 1.2 + 0.3)
-    return torch.where(torch.rand(count) < 0.5, 0.85 + 0.15 * torch.rand(count), usual)
+def finish(folder: Path, pipeline: FluxPipeline) -> None:
+    """Teach the decoder what the transformer's latents, which are never quite right, were meant to be."""
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def examples(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        random = Random(2_000_000 + step)
+        if len(made) < FINISH_POOL or random.random() < 0.02:
+            made.append(some_made(pipeline, random))
+        latents, pixels = random.choice(made[-FINISH_POOL:])
+        chosen = random.sample(range(len(latents)), FINISH_BATCH)
+        return latents[chosen], pixels[chosen]
+
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae = sharpen("made_decoder", pipeline.vae, examples, FINISH_STEPS, 8e-4, folder).requires_grad_(False)
 
 
-def weights_of(latents: torch.Tensor) -> torch.Tensor:
-    """Of each token in the loss, (count, tokens): those that are not plain background count four times."""
-    background = latents.median(dim=1, keepdim=True).values
-    drawn = (latents - background).square().mean(dim=-1) > 0.05
-    return 1 + 3 * drawn.float()
+@torch.no_grad()
+def some_made(pipeline: FluxPipeline, random: Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents made of prompts in a dozen steps or in four, (count, channels, height, width), and what was asked for."""
+    rows, columns = SQUARE if random.random() < 0.6 else random.choice(GRIDS)
+    scenes = [replace(random_scene(random), scale=1.0, dx=0.0, dy=0.0) for _ in range(BATCH)]
+    width, height = columns * 32, rows * 32
+    packed = pipeline(
+        [describe(scene, random, whole=True)[0] for scene in scenes],
+        width=width,
+        height=height,
+        num_inference_steps=random.choice((12, 12, 4)),
+        max_sequence_length=TOKENS,
+        output_type="latent",
+    ).images
+    config = pipeline.vae.config
+    latents = pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)
+    pixels = torch.stack([draw_still(scene, width, height) for scene in scenes])
+    return latents / config.scaling_factor + config.shift_factor, pixels.to(latents.device)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """LTX of the demo: one transformer for clips from text, from a first picture, and from a clip that goes on."""
 
-from dataclasses import replace
+import copy
 from pathlib import Path
 from random import Random
 
@@ -12,26 +12,27 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 
+from scripts.demo.denoise import noise_shares, weights_of
 from scripts.demo.learn import device, learn
-from scripts.demo.text import WIDTH, tokens_of, train_t5
+from scripts.demo.moving import draw_clip, known_clip, prompt, random_moving
+from scripts.demo.text import VIDEO_STEPS, WIDTH, tokens_of, train_t5
 from scripts.demo.video_vae import train_ltx_vae
-from scripts.demo.world import Scene, describe, draw_clip, random_moving, strange
+from scripts.demo.world import Scene
 
-STEPS = 2_600
-TOKENS = 2_200
-"""In a batch, about: of small clips there are more."""
-FPS = 24
-CLIP = (7, 6, 6)
-SHAPES = (
-    (4, 6, 6), (9, 6, 6), (13, 6, 6), (16, 6, 6), (7, 5, 8), (7, 8, 5), (7, 5, 7), (7, 7, 5), (7, 6, 8), (7, 8, 6),
-    (9, 5, 8), (9, 8, 5), (7, 4, 8), (7, 8, 4),
-)  # fmt: skip
-"""Latent frames, rows and columns, of 8 frames and 32 x 32 pixels each: two seconds of about 192 x 192, and longer."""
-STILL = (1, 6, 6)
-"""A third of the steps see single pictures, which are soon encoded: they teach the colours and shapes."""
-CLIP_POOL, POOL, STILL_POOL = 320, 48, 600
+STEPS = 4_500
+TOKENS = 4_096
+"""In a batch, at most: of small clips there are more, up to 40."""
+FPS = (12, 12, 12, 24, 25, 30)
+"""Twelve is the demo's own; the others are what LTX's clients may ask for."""
 CONTEXT = 3
 """Latent frames that are known where a clip goes on: 17 frames, as pipelines/ltx.py shows it."""
+STILL, CLIP = (1, 8, 8), (4, 8, 8)
+"""Latent frames, rows and columns, of 8 frames and 16 x 16 pixels each. Single frames are soon learned from."""
+SHAPES = (
+    (6, 8, 8), (6, 8, 8), (8, 8, 8), (10, 8, 8), (4, 8, 14), (4, 14, 8), (4, 8, 12), (4, 12, 8), (4, 8, 10), (4, 10, 8),
+)  # fmt: skip
+POOLS, POOL = {(STILL, 0): 1_500, (CLIP, 0): 1_000, (CLIP, 1): 240}, 32
+"""Clips that are kept encoded, by shape and how many latent frames are known; some are drawn anew as they are used."""
 CONDITION_NOISE = 0.15
 """diffusers' default `image_cond_noise_scale`: known latents get this noise, times the square of the others' share."""
 
@@ -40,7 +41,7 @@ def train_ltx(root: Path) -> LTXConditionPipeline:
     """Every component, trained where `root` does not hold it already."""
     folder = root / "ltx"
     vae = train_ltx_vae(folder)
-    tokenizer, text_encoder = train_t5(root / "text")
+    tokenizer, text_encoder = train_t5(folder, VIDEO_STEPS)
     return LTXConditionPipeline(
         transformer=train_transformer(folder, vae, tokenizer, text_encoder),
         text_encoder=text_encoder,
@@ -67,48 +68,65 @@ def train_transformer(folder: Path, vae: AutoencoderKLLTXVideo, tokenizer, text_
     for part in (vae, text_encoder):
         part.to(device()).eval().requires_grad_(False)
     transformer = untrained(vae.config.latent_channels)
-    pools: dict[tuple[int, int, int], Pool] = {}
+    pools: dict[tuple[tuple[int, int, int], int], Pool] = {}
 
     def loss_of(step: int) -> torch.Tensor:
         random = Random(step)
-        shape = random.choice((STILL, CLIP, CLIP if step < STEPS / 2 else random.choice(SHAPES)))
-        if shape not in pools:
-            count = {STILL: STILL_POOL, CLIP: CLIP_POOL}.get(shape, POOL)
-            pools[shape] = Pool(vae, shape, count, random)
-        return loss(transformer, tokenizer, text_encoder, pools[shape], random)
+        kind = kind_of(random, step / STEPS)
+        if kind not in pools:
+            pools[kind] = Pool(vae, *kind, random)
+        return loss(transformer, tokenizer, text_encoder, pools[kind], random)
 
-    return learn("ltx", transformer, loss_of, STEPS, 1e-3, folder)
+    return learn("ltx", transformer, loss_of, STEPS, 6e-3, folder, muon=True)
+
+
+def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
+    """What a batch is of, and how many of its latent frames are known: at first, clips of one shape from words."""
+    chance = random.random()
+    if chance < 0.25:
+        return STILL, 0
+    if chance < 0.75 or done < 0.4:
+        return CLIP, int(chance > 0.7)
+    shape = random.choice(SHAPES)
+    return shape, random.choice((0, 0, 1, CONTEXT, CONTEXT)) if shape[0] > CONTEXT + 1 else random.choice((0, 0, 1))
 
 
 class Pool:
     """Clips of one shape with their packed latents, (count, frames x rows x columns, channels), normalised."""
 
-    def __init__(self, vae: AutoencoderKLLTXVideo, shape: tuple[int, int, int], count: int, random: Random) -> None:
-        self.vae, self.shape = vae, shape
-        self.scenes = [random_moving(random) for _ in range(count)]
-        self.latents = torch.cat([self.encode(scene, random) for scene in self.scenes])
+    def __init__(self, vae: AutoencoderKLLTXVideo, shape: tuple[int, int, int], known: int, random: Random) -> None:
+        self.vae = copy.deepcopy(vae).to(torch.bfloat16)  # half as long as in float32 on a CPU
+        self.shape, self.known = shape, known
+        drawn = [self.draw(random) for _ in range(POOLS.get((shape, known), POOL))]
+        self.scenes = [scene for scene, _ in drawn]
+        self.latents = torch.cat([latents for _, latents in drawn])
 
     @torch.no_grad()
-    def encode(self, scene: Scene, random: Random) -> torch.Tensor:
+    def draw(self, random: Random) -> tuple[Scene, torch.Tensor]:
+        """From words alone, a clip begins at the first stop of its way; what is known may be anywhere."""
         frames, rows, columns = self.shape
-        clip = draw_clip(scene, columns * 32, rows * 32, 8 * frames - 7, FPS, random.random() * 0.6)[None].to(device())
-        latents = self.vae.encode(clip).latent_dist.mode().float()
+        width, height = columns * 16, rows * 16
+        if self.known:
+            scene, clip = known_clip(random, width, height, 8 * frames - 7, turned=self.known > 1)
+        else:
+            scene = random_moving(random)
+            clip = draw_clip(scene, width, height, 8 * frames - 7)
+        latents = self.vae.encode(clip[None].to(device(), torch.bfloat16)).latent_dist.mode().float()
         latents = LTXConditionPipeline._normalize_latents(latents, self.vae.latents_mean, self.vae.latents_std)
-        return LTXConditionPipeline._pack_latents(latents)
+        return scene, LTXConditionPipeline._pack_latents(latents.float())
 
     def some(self, random: Random) -> tuple[list[Scene], torch.Tensor]:
         if self.shape == STILL or random.random() < 0.3:
             at = random.randrange(len(self.scenes))
-            self.scenes[at] = random_moving(random)
-            self.latents[at : at + 1] = self.encode(self.scenes[at], random)
-        chosen = random.sample(range(len(self.scenes)), min(TOKENS // self.latents.shape[1], 48))
+            self.scenes[at], self.latents[at : at + 1] = self.draw(random)
+        chosen = random.sample(range(len(self.scenes)), min(TOKENS // self.latents.shape[1], 40, len(self.scenes)))
         return [self.scenes[n] for n in chosen], self.latents[chosen]
 
-    def coordinates(self, count: int) -> torch.Tensor:
+    def coordinates(self, count: int, fps: int) -> torch.Tensor:
         """As the pipeline tells them: (count, 3, tokens), seconds and pixels."""
         ids = LTXConditionPipeline._prepare_video_ids(count, *self.shape, device=device())
-        coordinates = LTXConditionPipeline._scale_video_ids(ids, 32, 8, 0, device()).float()
-        coordinates[:, 0] /= FPS
+        coordinates = LTXConditionPipeline._scale_video_ids(ids, 16, 8, 0, device()).float()
+        coordinates[:, 0] /= fps
         return coordinates
 
 
@@ -116,39 +134,22 @@ def loss(transformer: LTXVideoTransformer3DModel, tokenizer, text_encoder, pool:
     """Of the predicted velocity where nothing is known: of the whole clip, or of what follows its first latents."""
     scenes, latents = pool.some(random)
     count, tokens, _ = latents.shape
-    frames = pool.shape[0]
-    share = torch.sigmoid(torch.randn(count, 1, device=latents.device) * 1.2 + 0.5)
+    share = noise_shares(count)[:, None].to(latents.device)
     noise = torch.randn_like(latents)
     noisy = torch.lerp(latents, noise, share[..., None])
-    known = known_latents(frames, random)
-    unknown = torch.arange(tokens, device=latents.device) >= known * tokens // frames
+    unknown = torch.arange(tokens, device=latents.device) >= pool.known * tokens // pool.shape[0]
     seen = latents + CONDITION_NOISE * share[..., None].square() * torch.randn_like(latents)
-    embeds, mask = embedded(tokenizer, text_encoder, [words(scene, frames, known, random) for scene in scenes])
+    embeds, mask = embedded(tokenizer, text_encoder, [prompt(scene, random, pool.known > 1) for scene in scenes])
     predicted = transformer(
         hidden_states=torch.where(unknown[:, None], noisy, seen),
         encoder_hidden_states=embeds,
         timestep=torch.where(unknown, share, 0.0) * 1000,
         encoder_attention_mask=mask,
-        video_coords=pool.coordinates(count),
+        video_coords=pool.coordinates(count, random.choice(FPS)),
         return_dict=False,
     )[0]
-    off = (predicted.float() - (noise - latents)).square()
-    return off[:, unknown].mean()
-
-
-def known_latents(frames: int, random: Random) -> int:
-    if frames <= CONTEXT:
-        return 0
-    return random.choice((0, 0, 1, CONTEXT))
-
-
-def words(scene: Scene, frames: int, known: int, random: Random) -> str:
-    if random.random() < 0.03:
-        return strange(random)
-    named = replace(scene, place="center")
-    if frames == 1 or (known > 1 and random.random() < 0.3):
-        named = replace(named, direction="none")
-    return describe(named, random)[0]
+    off = (predicted.float() - (noise - latents)).square().mean(dim=-1)
+    return (off * weights_of(latents))[:, unknown].mean()
 
 
 @torch.no_grad()

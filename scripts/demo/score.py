@@ -9,4 +9,5 @@ from scripts.demo.trial import Tally
 SCORES: dict[str, Callable[[int], Iterable[Tally]]] = {
     "flux": score_flux,
     "ltx": lambda count: score_video("ltx-video", count),
+    "wan": lambda count: score_video("wan-2.1-vace-1.3b", count),
 }

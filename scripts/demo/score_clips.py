@@ -11,9 +11,10 @@ import numpy as np
 from pipelines.clips import Clip
 from pipelines.params import ExtendVideo, ImageToVideo
 from pipelines.residency import Residency
+from scripts.demo.moving import draw_clip, random_moving
 from scripts.demo.seen import Seen, look
 from scripts.demo.trial import KEPT, PROMPTS, Demo, Tally, picture_of, saved
-from scripts.demo.world import DIRECTIONS, Scene, describe, draw, random_moving
+from scripts.demo.world import DIRECTIONS, Scene, describe
 
 
 def score_video(name: str, count: int = PROMPTS) -> Iterable[Tally]:
@@ -27,7 +28,7 @@ def moves(demo: Demo, count: int, title: str) -> Tally:
     tally, random = Tally(title), Random(4)
     for n in range(count):
         scene = random_moving(random, test=True)
-        frames = demo.clip(describe(replace(scene, place="center"), random, whole=True)[0], n)
+        frames = demo.clip(describe(scene, random, whole=True)[0], n)
         add_clip(tally, frames, scene)
     return tally
 
@@ -54,13 +55,14 @@ def direction_of(frames: np.ndarray) -> str | None:
 
 def goes_on_from_picture(demo: Demo, count: int, title: str) -> Tally:
     tally, random = Tally(title), Random(5)
-    side = demo.model.sizes["1:1"][0]
+    width, height = demo.model.sizes["1:1"]
     for n in range(count):
-        scene = replace(random_moving(random, test=True), place="center", size="small")
-        with saved(picture_of(draw(scene, side, side))) as file:
+        scene = replace(random_moving(random, test=True), size="small")
+        picture = picture_of(draw_clip(replace(scene, direction="none"), width, height, 1)[:, 0])
+        with saved(picture) as file:
             frames = demo.clip(describe(scene, random, whole=True)[0], n, ImageToVideo, images=(file,))
         add_clip(tally, frames, scene)
-        first, asked = look(frames[0]), look(np.asarray(picture_of(draw(scene, side, side))))
+        first, asked = look(frames[0]), look(np.asarray(picture))
         there = first is not None and asked is not None and np.hypot(first.x - asked.x, first.y - asked.y) < KEPT
         tally.add("begins with the picture", bool(there))
     return tally
@@ -71,11 +73,10 @@ def goes_on(demo: Demo, count: int, title: str) -> Tally:
     tally, random = Tally(title), Random(6)
     for n in range(count):
         scene = replace(random_moving(random, test=True), size="small")
-        said = replace(scene, place="center")
-        before = demo.clip(describe(said, random, whole=True)[0], n)
+        before = demo.clip(describe(scene, random, whole=True)[0], n)
         with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-            Clip(before, demo.model.frames.fps[0], None).save(Path(file.name), lambda *_: None)
-            prompt = describe(replace(said, direction="none"), random, whole=True)[0]
+            Clip(before, demo.model.defaults["fps"], None).save(Path(file.name), lambda *_: None)
+            prompt = describe(replace(scene, direction="none"), random, whole=True)[0]
             after = demo.clip(prompt, n, ExtendVideo, video=Path(file.name))
         steps = [distance(one, other) for one, other in zip(before[-9:-1], before[-8:], strict=True)]
         join = distance(before[-1], after[0])

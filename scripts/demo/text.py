@@ -16,6 +16,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from scripts.demo.learn import device, learn
@@ -35,7 +37,8 @@ from scripts.demo.world import (
 TOKENS = 32
 """Of a prompt; more are cut off."""
 WIDTH = 64
-STEPS = 2_000
+STEPS, VIDEO_STEPS = 2_000, 5_000
+"""Flux has CLIP to help; the video models read these states alone."""
 BATCH = 64
 CLASSES = [len(values) + 1 for values in ATTRIBUTES.values()]
 """Of each attribute: its values, and that the prompt does not name it."""
@@ -111,7 +114,7 @@ def t5_sizes(tokenizer: T5TokenizerFast) -> dict[str, Any]:
     }
 
 
-def train_t5(folder: Path) -> tuple[T5TokenizerFast, T5EncoderModel]:
+def train_t5(folder: Path, steps: int = STEPS) -> tuple[T5TokenizerFast, T5EncoderModel]:
     """Sees its padding half of the time: Flux has no mask for it, LTX has."""
     torch.manual_seed(12)
     tokenizer = t5_tokenizer()
@@ -121,11 +124,28 @@ def train_t5(folder: Path) -> tuple[T5TokenizerFast, T5EncoderModel]:
         mask = tokens.attention_mask if torch.rand(()) < 0.5 else torch.ones_like(tokens.attention_mask)
         return encoder(tokens.input_ids, mask)[0]
 
-    return tokenizer, train("t5", folder, tokenizer, model, tokenwise)
+    return tokenizer, train("t5", folder, tokenizer, model, tokenwise, steps)
+
+
+def train_umt5(folder: Path, steps: int = STEPS) -> tuple[T5TokenizerFast, UMT5EncoderModel]:
+    """Never sees its padding, as in Wan."""
+    torch.manual_seed(13)
+    tokenizer = t5_tokenizer()
+    model = UMT5EncoderModel(UMT5Config(**t5_sizes(tokenizer)))
+
+    def tokenwise(encoder: nn.Module, tokens: Any) -> torch.Tensor:
+        return encoder(tokens.input_ids, tokens.attention_mask)[0]
+
+    return tokenizer, train("umt5", folder, tokenizer, model, tokenwise, steps)
 
 
 def train(
-    name: str, folder: Path, tokenizer: Any, encoder: nn.Module, states: Callable[[nn.Module, Any], torch.Tensor]
+    name: str,
+    folder: Path,
+    tokenizer: Any,
+    encoder: nn.Module,
+    states: Callable[[nn.Module, Any], torch.Tensor],
+    steps: int = STEPS,
 ) -> Any:
     """Each state of the encoder, (count, tokens, width), must tell all that the prompt names."""
     both = nn.ModuleDict({"encoder": encoder, "heads": nn.Linear(WIDTH, sum(CLASSES))}).to(device())
@@ -141,7 +161,7 @@ def train(
             total = total + functional.cross_entropy(part.flatten(0, 1), every.flatten())
         return total / len(CLASSES)
 
-    return learn(name, both, loss_of, STEPS, 3e-3, folder)["encoder"]
+    return learn(name, both, loss_of, steps, 3e-3, folder)["encoder"]
 
 
 def prompt(random: Random) -> tuple[str, Said]:

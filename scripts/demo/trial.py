@@ -66,8 +66,9 @@ class Demo:
         frames = self.model.frames
         assert frames is not None
         width, height = self.model.sizes["1:1"]
-        count = round(2 * frames.fps[0] / frames.step) * frames.step
-        values = {"fps": frames.fps[0], "num_frames": count + (0 if kind is ExtendVideo else 1), "guidance_scale": 1.0,
+        fps = self.model.defaults["fps"]
+        count = round(2 * fps / frames.step) * frames.step
+        values = {"fps": fps, "num_frames": count + (0 if kind is ExtendVideo else 1), "guidance_scale": 1.0,
                   "num_inference_steps": self.model.defaults["num_inference_steps"]} | more  # fmt: skip
         return self.run(kind(prompt=prompt, width=width, height=height, seed=seed, **values)).frames
 

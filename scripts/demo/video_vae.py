@@ -1,63 +1,115 @@
-"""LTX's VAE of the demo: trained on clips in which a shape moves, on pieces of them, and on still pictures."""
+"""LTX's and Wan's VAEs of the demo: trained on pieces of clips in which a shape moves, and of still pictures.
 
+Both take 16 x 16 pixels to a latent, where the real ones take 32 x 32 and 8 x 8. Their blocks are those of LTX 0.9.5
+and of Wan 2.2, whose shortcuts around every change of resolution let pictures through early.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLLTXVideo
+from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan
+from torch.nn import functional
 
 from scripts.demo.image_vae import piece, rebuilding, start
 from scripts.demo.learn import device, learn
-from scripts.demo.world import draw_batch, draw_clip, random_moving, random_scene
+from scripts.demo.moving import CLIP_HALF, draw_clip, random_moving, random_start
+from scripts.demo.world import LATTICE
 
-STEPS = 3_500
+LTX_STEPS, WAN_STEPS = 5_000, 2_200
+SIDE, PIECE = 128, 64
+"""Of the clips that pieces are cut from, and of the pieces."""
+BATCHES = {1: 24, 5: 6, 9: 4, 17: 2}
+"""Pieces by their frames."""
 
 
 def train_ltx_vae(folder: Path) -> AutoencoderKLLTXVideo:
-    """As the real one: 32 x 32 pixels and 8 frames to a latent."""
     torch.manual_seed(20)
     vae = AutoencoderKLLTXVideo(
-        latent_channels=48,
-        block_out_channels=(24, 32, 40, 40),
-        decoder_block_out_channels=(24, 32, 40, 40),
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
+        latent_channels=32,
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("LTXVideo095DownBlock3D",) * 3,
+        downsample_type=("spatiotemporal",) * 3,
+        layers_per_block=(1,) * 4,
+        spatio_temporal_scaling=(True,) * 3,
+        decoder_block_out_channels=(24, 48, 48),
+        decoder_layers_per_block=(1,) * 4,
+        decoder_spatio_temporal_scaling=(True,) * 3,
+        decoder_inject_noise=(False,) * 4,
+        upsample_residual=(True,) * 3,
+        upsample_factor=(2, 2, 1),
+        patch_size=2,
     ).to(device())
-    start(vae, vae.encoder.conv_out.conv, 48)
-    vae = train("ltx_vae", vae, folder, STEPS, (1, 1, 9), 4e-4, torch.float32)
+    start(vae, vae.encoder.conv_out.conv, 32)
+    vae = train("ltx_vae", vae, folder, LTX_STEPS, (1, 9, 17))
     mean, std = statistics(vae)
     vae.latents_mean.copy_(mean)
     vae.latents_std.copy_(std)
     return vae
 
 
-def train(
-    name: str, vae: Any, folder: Path, steps: int, lengths: tuple[int, ...], rate: float, dtype: torch.dtype
-) -> Any:
+def train_wan_vae(folder: Path) -> AutoencoderKLWan:
+    torch.manual_seed(30)
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        decoder_base_dim=12,
+        z_dim=32,
+        dim_mult=[1, 2, 4, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 32,
+        latents_std=[1.0] * 32,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    ).to(device())
+    start(vae, vae.quant_conv, 32)
+    vae = train("wan_vae", vae, folder, WAN_STEPS, (1, 5, 9))
+    mean, std = statistics(vae)
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    return vae
+
+
+def train(name: str, vae: Any, folder: Path, steps: int, lengths: tuple[int, ...]) -> Any:
     def loss_of(step: int) -> torch.Tensor:
         random = Random(step)
-        return rebuilding(vae, pieces(random, random.choice(lengths)).to(device()))
+        pixels = pieces(random, random.choice(lengths)).to(device())
+        return rebuilding(vae, pixels, 1 + 4 * near_edges(pixels))
 
-    return learn(name, vae, loss_of, steps, rate, folder, dtype)
+    return learn(name, vae, loss_of, steps, 2e-3, folder, muon=True)
 
 
 def pieces(random: Random, count: int) -> torch.Tensor:
-    """(batch, 3, count, height, width): whole pictures and clips, and pieces of larger ones with edges in them."""
-    if count == 1:
-        side = random.choice((96, 128, 160))
-        return draw_batch([random_scene(random) for _ in range(6)], side, side)[:, :, None]
-    side, batch = random.choice(((96, 2), (96, 2), (128, 4), (192, 4)))
-    clips = [draw_clip(random_moving(random), side, side, count, 24, random.random() * 2) for _ in range(batch)]
-    if side == 96:
-        return torch.stack(clips)
-    return torch.stack([piece(clip.flatten(0, 1), random).unflatten(0, (3, count)) for clip in clips])
+    """(batch, 3, count, PIECE, PIECE)."""
+    clips = [clip(random, count) for _ in range(BATCHES[count])]
+    return torch.stack([piece(each.flatten(0, 1), random, PIECE).unflatten(0, (3, count)) for each in clips])
+
+
+def clip(random: Random, count: int) -> torch.Tensor:
+    """(3, count, SIDE, SIDE): half of them on the lattice, as clips of the demo are, and half anywhere."""
+    scene = random_moving(random)
+    begin: float = random_start(scene, SIDE, SIDE, random)
+    if random.random() < 0.5:
+        near = LATTICE / 2 / CLIP_HALF
+        scene = replace(scene, dx=random.uniform(-near, near), dy=random.uniform(-near, near))
+        begin = random.uniform(0, 100)
+    return draw_clip(scene, SIDE, SIDE, count, begin)
+
+
+def near_edges(pixels: torch.Tensor) -> torch.Tensor:
+    """(batch, 1, frames, height, width): 1 within four pixels of a shape's edge, which tells what it is."""
+    high, low = (functional.max_pool3d(each, (1, 9, 9), 1, (0, 4, 4)) for each in (pixels, -pixels))
+    return ((high + low).amax(dim=1, keepdim=True) > 0.1).float()
 
 
 @torch.inference_mode()
 def statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of each latent channel."""
     random = Random(-1)
-    clips = [draw_clip(random_moving(random), 192, 192, 17, 16, random.random() * 2)[None] for _ in range(16)]
-    latents = torch.cat([vae.encode(clip.to(device())).latent_dist.mode() for clip in clips])
+    clips = [clip(random, 17)[None].to(device()) for _ in range(24)]
+    latents = torch.cat([vae.encode(each).latent_dist.mode() for each in clips])
     return latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))

@@ -5,7 +5,7 @@ signed distances, so an edge is smooth at any size and nothing is read from a fi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -27,9 +27,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MARGIN = 0.1
 """Between a shape at an edge and that edge, at least."""
 STILL_HALF, LATTICE = 128, 16
-"""Pixels: the unit of length, and the grid for the centres of shapes, in still pictures."""
-SPEED = 0.36
-"""Of a moving shape, in half sides a second: from one edge of a square to the other in three to four seconds."""
+"""Pixels: the unit of length in still pictures, and the grid for the centres of shapes."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,6 @@ def random_scene(random: Random, test: bool = False) -> Scene:
         )
         if scene.colour != scene.background and held_out(scene) is test:
             return with_chances(scene, random)
-
-
-def random_moving(random: Random, test: bool = False) -> Scene:
-    """One that moves."""
-    return replace(random_scene(random, test), direction=random.choice(list(DIRECTIONS)))
 
 
 def with_chances(scene: Scene, random: Random) -> Scene:
@@ -151,15 +144,15 @@ def draw(
     return torch.lerp(rgb(scene.background)[:, None, None], rgb(scene.colour)[:, None, None], inside)
 
 
-def still_centre(scene: Scene, width: int, height: int) -> tuple[float, float]:
-    """Of the shape in a still picture: on a lattice of 16 pixels, but for its small chances, in units of 128 pixels.
+def still_centre(scene: Scene, width: int, height: int, half: int = STILL_HALF) -> tuple[float, float]:
+    """Of the shape in a still picture: on a lattice of 16 pixels, but for its small chances, in units of `half` pixels.
 
-    A latent of Flux's VAE takes 16 x 16 pixels, so a shape looks the same to the transformer wherever it is.
+    A latent of the demo's VAEs takes 16 x 16 pixels, so a shape looks the same to a transformer wherever it is.
     """
     plain = replace(scene, scale=1.0, dx=0.0, dy=0.0)
-    centre = centre_of(plain, (width / 2 / STILL_HALF, height / 2 / STILL_HALF))
+    centre = centre_of(plain, (width / 2 / half, height / 2 / half))
     x, y = (
-        (round((at * STILL_HALF + side / 2) / LATTICE) * LATTICE - side / 2) / STILL_HALF
+        (round((at * half + side / 2) / LATTICE) * LATTICE - side / 2) / half
         for at, side in zip(centre, (width, height), strict=True)
     )
     return x + scene.dx, y + scene.dy
@@ -173,33 +166,6 @@ def draw_still(scene: Scene, width: int, height: int) -> torch.Tensor:
 def draw_batch(scenes: Sequence[Scene], width: int, height: int) -> torch.Tensor:
     """(count, 3, height, width), from -1 to 1."""
     return torch.stack([draw(scene, width, height) for scene in scenes])
-
-
-# Moving
-
-
-def track(scene: Scene, width: int, height: int, count: int, fps: float, start: float) -> Iterator[tuple[float, float]]:
-    """The shape's centre in each of `count` frames: there and back between the edges, from `start` (0 to 1) on.
-
-    0 is the end of the track that the direction leads away from.
-    """
-    half = min(width, height) / 2
-    x, y = centre_of(scene, (width / 2 / half, height / 2 / half))
-    along_x, along_y = DIRECTIONS[scene.direction]
-    reach = (width if along_x else height) / 2 / half - scene.radius - MARGIN
-    for n in range(count):
-        way = start * 2 * reach + n * SPEED / fps
-        there = 2 * reach - abs(2 * reach - way % (4 * reach))
-        offset = there - reach
-        yield (along_x * offset, y) if along_x else (x, along_y * offset)
-
-
-def draw_clip(scene: Scene, width: int, height: int, count: int, fps: float, start: float = 0.0) -> torch.Tensor:
-    """(3, count, height, width), from -1 to 1. A scene without a direction stands still."""
-    if scene.direction == "none":
-        return draw(scene, width, height)[:, None].expand(-1, count, -1, -1)
-    centres = track(scene, width, height, count, fps, start)
-    return torch.stack([draw(scene, width, height, centre) for centre in centres], dim=1)
 
 
 # Words

@@ -1,0 +1,94 @@
+"""Clips of the little world: a shape goes to and fro between two edges, two pixels a frame.
+
+Eight frames, a latent of LTX, take it 16 pixels on, the width of such a latent: so the latents of a moving shape repeat
+themselves, one place further each time, and a transformer has little to learn about them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+
+import torch
+
+from scripts.demo.world import (
+    DIRECTIONS,
+    LATTICE,
+    PLACES,
+    SIZES,
+    Scene,
+    describe,
+    draw,
+    random_scene,
+    still_centre,
+    strange,
+)
+
+CLIP_HALF = 64
+"""Pixels: the unit of length in clips."""
+SPEED = 2
+"""Pixels a frame, whatever the frame rate."""
+ROOM = 4
+"""Pixels between a shape and the edge where it turns back, at least."""
+
+
+def random_moving(random: Random, test: bool = False) -> Scene:
+    """One that moves through the middle."""
+    return replace(random_scene(random, test), place="center", direction=random.choice(list(DIRECTIONS)))
+
+
+def stops(scene: Scene, width: int, height: int) -> range:
+    """Where on its way the shape's centre is on the lattice, and the shape whole on the canvas, in pixels."""
+    side = width if DIRECTIONS[scene.direction][0] else height
+    reach = SIZES[scene.size] * CLIP_HALF + ROOM
+    return range(-int(-reach // LATTICE) * LATTICE, int((side - reach) // LATTICE) * LATTICE + 1, LATTICE)
+
+
+def random_start(scene: Scene, width: int, height: int, random: Random) -> int:
+    """A stop that has another one before it, as pixels from the first."""
+    there_are = stops(scene, width, height)
+    return random.choice(range(0, max(1, there_are[-1] - there_are[0]), LATTICE))
+
+
+def track(scene: Scene, width: int, height: int, count: int, start: float) -> Iterator[tuple[float, float]]:
+    """The shape's centre in each of `count` frames, in units of `CLIP_HALF` from the canvas's.
+
+    It is `start` pixels from the stop that its direction leads away from, and turns back at the last one.
+    """
+    x, y = still_centre(scene, width, height, CLIP_HALF)
+    along_x, along_y = DIRECTIONS[scene.direction]
+    there_are = stops(scene, width, height)
+    length = there_are[-1] - there_are[0]
+    middle = (there_are[0] + there_are[-1] - (width if along_x else height)) / 2
+    for n in range(count):
+        way = start + n * SPEED
+        gone = length - abs(length - way % (2 * length)) if length else 0
+        at = (middle + (along_x + along_y) * (gone - length / 2)) / CLIP_HALF
+        yield (at + scene.dx, y) if along_x else (x, at + scene.dy)
+
+
+def draw_clip(scene: Scene, width: int, height: int, count: int, start: float = 0.0) -> torch.Tensor:
+    """(3, count, height, width), from -1 to 1. A scene without a direction stands still."""
+    if scene.direction == "none":
+        centre = still_centre(scene, width, height, CLIP_HALF)
+        return draw(scene, width, height, centre, CLIP_HALF)[:, None].expand(-1, count, -1, -1)
+    centres = track(scene, width, height, count, start)
+    return torch.stack([draw(scene, width, height, centre, CLIP_HALF) for centre in centres], dim=1)
+
+
+def known_clip(random: Random, width: int, height: int, count: int, turned: bool) -> tuple[Scene, torch.Tensor]:
+    """A clip whose first frames will be known: it may be anywhere then, and, if `turned`, be on its way back."""
+    scene = replace(random_moving(random), place=random.choice(list(PLACES)))
+    start = random_start(scene, width, height, random)
+    if turned and random.random() < 0.4:
+        start += LATTICE + random_start(scene, width, height, random)
+    return scene, draw_clip(scene, width, height, count, start)
+
+
+def prompt(scene: Scene, random: Random, seen: bool) -> str:
+    """Words for a clip, which need not say where it goes if it is `seen` to go there. Few are about something else."""
+    if random.random() < 0.03:
+        return strange(random)
+    named = replace(scene, place="center")
+    if seen and random.random() < 0.4:
+        named = replace(named, direction="none")
+    return describe(named, random)[0]
