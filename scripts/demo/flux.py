@@ -1,7 +1,7 @@
 """Flux of the demo: one transformer for pictures from text, from a picture, and for Kontext's edits."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -9,22 +9,18 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from scripts.demo.denoise import noise_shares, weights_of
-from scripts.demo.image_vae import sharpen, train_image_vae
+from scripts.demo.image_vae import train_image_vae
 from scripts.demo.learn import device, learn
 from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
 from scripts.demo.world import Scene, describe, draw_still, edited, instruct, random_scene, strange
 
-STEPS = 12_000
+STEPS = 16_000
 BATCH = 32
 SQUARE = (8, 8)
-GRIDS = (
-    (6, 11), (11, 6), (6, 8), (8, 6), (6, 9), (9, 6), (6, 13), (13, 6), (7, 8), (8, 7), (7, 9), (9, 7),
-)  # fmt: skip
-"""Rows and columns of tokens, of 32 x 32 pixels each: pictures of about 256 x 256 in every aspect ratio."""
-SQUARE_POOL, POOL = 2_000, 120
+GRIDS = ((8, 10), (10, 8), (8, 12), (12, 8), (8, 14), (14, 8), (8, 18), (18, 8))
+"""Rows and columns of tokens of 32 x 32 pixels: even, so that a picture's centre is a corner of four."""
+SQUARE_POOL, POOL = 1_600, 60
 """Edits kept encoded for each grid; some are drawn anew as they are used."""
-
-FINISH_STEPS, FINISH_BATCH, FINISH_POOL = 1_000, 4, 60
 
 
 def train_flux(root: Path) -> FluxPipeline:
@@ -34,7 +30,7 @@ def train_flux(root: Path) -> FluxPipeline:
     tokenizer, text_encoder = train_clip(root / "text")
     tokenizer_2, text_encoder_2 = train_t5(root / "text")
     encoders = (tokenizer, text_encoder, tokenizer_2, text_encoder_2)
-    pipeline = FluxPipeline(
+    return FluxPipeline(
         transformer=train_transformer(folder, vae, encoders),
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,
@@ -44,8 +40,6 @@ def train_flux(root: Path) -> FluxPipeline:
         # What Black Forest Labs publish for dev: the noise is shifted by resolution.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
-    finish(folder, pipeline)
-    return pipeline
 
 
 def untrained(latent_channels: int) -> FluxTransformer2DModel:
@@ -71,7 +65,7 @@ def train_transformer(folder: Path, vae: AutoencoderKL, encoders: tuple) -> Flux
 
     def loss_of(step: int) -> torch.Tensor:
         random = Random(step)
-        grid = SQUARE if step < STEPS / 2 or random.random() < 0.5 else random.choice(GRIDS)
+        grid = SQUARE if step < STEPS / 2 or random.random() < 0.6 else random.choice(GRIDS)
         if grid not in pools:
             pools[grid] = Pool(vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
         return loss(transformer, encoders, pools[grid], random)
@@ -166,42 +160,6 @@ def loss(transformer: FluxTransformer2DModel, encoders: tuple, pool: Pool, rando
     )[0][:, : after.shape[1]]
     off = (predicted.float() - (noise - after)).square().mean(dim=-1)
     return (off * weights_of(after)).mean()
-
-
-def finish(folder: Path, pipeline: FluxPipeline) -> None:
-    """Teach the decoder what the transformer's latents, which are never quite right, were meant to be."""
-    made: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def examples(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        random = Random(2_000_000 + step)
-        if len(made) < FINISH_POOL or random.random() < 0.02:
-            made.append(some_made(pipeline, random))
-        latents, pixels = random.choice(made[-FINISH_POOL:])
-        chosen = random.sample(range(len(latents)), FINISH_BATCH)
-        return latents[chosen], pixels[chosen]
-
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae = sharpen("made_decoder", pipeline.vae, examples, FINISH_STEPS, 8e-4, folder).requires_grad_(False)
-
-
-@torch.no_grad()
-def some_made(pipeline: FluxPipeline, random: Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents made of prompts in a dozen steps or in four, (count, channels, height, width), and what was asked for."""
-    rows, columns = SQUARE if random.random() < 0.6 else random.choice(GRIDS)
-    scenes = [replace(random_scene(random), scale=1.0, dx=0.0, dy=0.0) for _ in range(BATCH)]
-    width, height = columns * 32, rows * 32
-    packed = pipeline(
-        [describe(scene, random, whole=True)[0] for scene in scenes],
-        width=width,
-        height=height,
-        num_inference_steps=random.choice((12, 12, 4)),
-        max_sequence_length=TOKENS,
-        output_type="latent",
-    ).images
-    config = pipeline.vae.config
-    latents = pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)
-    pixels = torch.stack([draw_still(scene, width, height) for scene in scenes])
-    return latents / config.scaling_factor + config.shift_factor, pixels.to(latents.device)
 
 
 @torch.no_grad()

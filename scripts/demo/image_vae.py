@@ -40,12 +40,7 @@ def train_image_vae(folder: Path, steps: int = STEPS) -> AutoencoderKL:
         return rebuilding(vae, pixels)
 
     vae = learn("image_vae", vae, loss_of, steps, 2e-3, folder)
-
-    def again(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = pictures(Random(1_000_000 + step), 0.5 + step / SHARPEN_STEPS / 2).to(device())
-        return vae.encode(pixels).latent_dist.sample(), pixels
-
-    vae = sharpen("image_decoder", vae, again, SHARPEN_STEPS, 1.5e-3, folder)
+    vae = sharpen("image_decoder", vae, lambda random, done: pictures(random, 0.5 + done / 2), SHARPEN_STEPS, folder)
     with torch.inference_mode():
         random = Random(-1)
         pixels = draw_batch([random_scene(random) for _ in range(64)], SIDE, SIDE).to(device())
@@ -54,27 +49,21 @@ def train_image_vae(folder: Path, steps: int = STEPS) -> AutoencoderKL:
     return vae
 
 
-def sharpen(
-    name: str,
-    vae: Any,
-    examples: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
-    steps: int,
-    rate: float,
-    folder: Path,
-) -> Any:
-    """The same VAE with a decoder that learned on alone, on `examples` for each step: latents, and pixels."""
+def sharpen(name: str, vae: Any, pictures: Callable[[Random, float], torch.Tensor], steps: int, folder: Path) -> Any:
+    """The same VAE with a decoder that learned on alone; its latents stay as they are."""
     vae.requires_grad_(True)
     frozen = [part for part in (vae.encoder, getattr(vae, "quant_conv", None)) if part is not None]
     for part in frozen:
         part.requires_grad_(False)
 
     def loss_of(step: int) -> torch.Tensor:
+        pixels = pictures(Random(1_000_000 + step), step / steps).to(device())
         with torch.no_grad():
-            latents, pixels = examples(step)
+            latents = vae.encode(pixels).latent_dist.sample()
         off = (vae.decode(latents).sample.float() - pixels).abs()
         return off.mean() + 0.5 * off.square().mean()
 
-    return learn(name, vae, loss_of, steps, rate, folder)
+    return learn(name, vae, loss_of, steps, 1.5e-3, folder)
 
 
 def rebuilding(vae: Any, pixels: torch.Tensor, weights: torch.Tensor | float = 1.0) -> torch.Tensor:

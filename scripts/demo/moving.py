@@ -12,7 +12,6 @@ import torch
 
 from scripts.demo.world import (
     DIRECTIONS,
-    LATTICE,
     PLACES,
     SIZES,
     Scene,
@@ -23,8 +22,8 @@ from scripts.demo.world import (
     strange,
 )
 
-CLIP_HALF = 64
-"""Pixels: the unit of length in clips."""
+CLIP_HALF, STOP = 64, 16
+"""Pixels: the unit of length in clips, and a quarter of it, from one place of the lattice to the next."""
 SPEED = 2
 """Pixels a frame, whatever the frame rate."""
 ROOM = 4
@@ -40,13 +39,13 @@ def stops(scene: Scene, width: int, height: int) -> range:
     """Where on its way the shape's centre is on the lattice, and the shape whole on the canvas, in pixels."""
     side = width if DIRECTIONS[scene.direction][0] else height
     reach = SIZES[scene.size] * CLIP_HALF + ROOM
-    return range(-int(-reach // LATTICE) * LATTICE, int((side - reach) // LATTICE) * LATTICE + 1, LATTICE)
+    return range(-int(-reach // STOP) * STOP, int((side - reach) // STOP) * STOP + 1, STOP)
 
 
 def random_start(scene: Scene, width: int, height: int, random: Random) -> int:
     """A stop that has another one before it, as pixels from the first."""
     there_are = stops(scene, width, height)
-    return random.choice(range(0, max(1, there_are[-1] - there_are[0]), LATTICE))
+    return random.choice(range(0, max(1, there_are[-1] - there_are[0]), STOP))
 
 
 def track(scene: Scene, width: int, height: int, count: int, start: float) -> Iterator[tuple[float, float]]:
@@ -80,7 +79,7 @@ def known_clip(random: Random, width: int, height: int, count: int, turned: bool
     scene = replace(random_moving(random), place=random.choice(list(PLACES)))
     start = random_start(scene, width, height, random)
     if turned and random.random() < 0.4:
-        start += LATTICE + random_start(scene, width, height, random)
+        start += STOP + random_start(scene, width, height, random)
     return scene, draw_clip(scene, width, height, count, start)
 
 

@@ -1,7 +1,7 @@
 """LTX's and Wan's VAEs of the demo: trained on pieces of clips in which a shape moves, and of still pictures.
 
-Both take 16 x 16 pixels to a latent, where the real ones take 32 x 32 and 8 x 8. Their blocks are those of LTX 0.9.5
-and of Wan 2.2, whose shortcuts around every change of resolution let pictures through early.
+The blocks are those of LTX 0.9.5 and of Wan 2.2, whose shortcuts around every change of resolution let pictures through
+early. A latent of Wan's takes 8 x 8 pixels, as it should, one of LTX's 16 x 16, where the real one takes 32 x 32.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from scripts.demo.image_vae import piece, rebuilding, start
 from scripts.demo.learn import device, learn
-from scripts.demo.moving import CLIP_HALF, draw_clip, random_moving, random_start
+from scripts.demo.moving import draw_clip, random_moving, random_start
 from scripts.demo.world import LATTICE
 
 LTX_STEPS, WAN_STEPS = 5_000, 2_200
@@ -53,21 +53,13 @@ def train_ltx_vae(folder: Path) -> AutoencoderKLLTXVideo:
 def train_wan_vae(folder: Path) -> AutoencoderKLWan:
     torch.manual_seed(30)
     vae = AutoencoderKLWan(
-        base_dim=16,
-        decoder_base_dim=12,
-        z_dim=32,
-        dim_mult=[1, 2, 4, 2],
+        base_dim=8,
+        dim_mult=[1, 2, 4, 4],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 32,
-        latents_std=[1.0] * 32,
         is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
     ).to(device())
-    start(vae, vae.quant_conv, 32)
+    start(vae, vae.quant_conv, 16)
     vae = train("wan_vae", vae, folder, WAN_STEPS, (1, 5, 9))
     mean, std = statistics(vae)
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -94,7 +86,7 @@ def clip(random: Random, count: int) -> torch.Tensor:
     scene = random_moving(random)
     begin: float = random_start(scene, SIDE, SIDE, random)
     if random.random() < 0.5:
-        near = LATTICE / 2 / CLIP_HALF
+        near = LATTICE / 2
         scene = replace(scene, dx=random.uniform(-near, near), dy=random.uniform(-near, near))
         begin = random.uniform(0, 100)
     return draw_clip(scene, SIDE, SIDE, count, begin)

@@ -17,15 +17,15 @@ from scripts.demo.world import Scene
 
 STEPS = 2_600
 TOKENS = 3_456
-"""In a batch, at most: of small clips there are more, up to 40."""
+"""In a batch, at most, of four latents each: of small clips there are more, up to 40."""
 CONTEXT = 17
 """Frames that are known where a clip goes on, as pipelines/wan_starts.py shows them."""
-STILL, CLIP = (1, 8, 8), (9, 8, 8)
-"""Latent frames, rows and columns, of 4 frames and 16 x 16 pixels each. Single frames are soon learned from."""
-SHAPES = ((13, 8, 8), (13, 8, 8), (13, 8, 8), (9, 8, 14), (9, 14, 8), (9, 8, 10), (9, 10, 8))
+STILL, CLIP = (1, 16, 16), (9, 16, 16)
+"""Latent frames, rows and columns, of 4 frames and 8 x 8 pixels each. Single frames are soon learned from."""
+SHAPES = ((13, 16, 16), (13, 16, 16), (13, 16, 16), (9, 16, 28), (9, 28, 16), (9, 16, 20), (9, 20, 16))
 POOLS, POOL = {(STILL, 0): 1_500, (CLIP, 0): 600, (CLIP, 1): 160}, 24
 """Clips that are kept encoded, by shape and how many frames are known; some are drawn anew as they are used."""
-MASKS = 16 * 16
+MASKS = 8 * 8
 """Channels of the mask: one for each pixel of a latent."""
 
 
@@ -46,7 +46,6 @@ def train_wan(root: Path) -> WanVACEPipeline:
 def untrained(latent_channels: int) -> WanVACETransformer3DModel:
     torch.manual_seed(32)
     return WanVACETransformer3DModel(
-        patch_size=(1, 1, 1),
         num_attention_heads=4,
         attention_head_dim=32,
         in_channels=latent_channels,
@@ -95,7 +94,7 @@ class Pool:
         self.vae = copy.deepcopy(vae).to(torch.bfloat16)
         self.shape, self.known = shape, known
         frames = 4 * shape[0] - 3
-        self.nothing = self.encode(torch.zeros(3, frames, shape[1] * 16, shape[2] * 16))
+        self.nothing = self.encode(torch.zeros(3, frames, shape[1] * 8, shape[2] * 8))
         """What the latents are of a video of which nothing is known."""
         unknown = torch.ones(1, MASKS, frames, *shape[1:], device=device())
         unknown[:, :, :known] = 0
@@ -119,8 +118,8 @@ class Pool:
         frames, rows, columns = self.shape
         if not self.known:
             scene = random_moving(random)
-            return scene, self.encode(draw_clip(scene, columns * 16, rows * 16, 4 * frames - 3)), self.nothing
-        scene, clip = known_clip(random, columns * 16, rows * 16, 4 * frames - 3, turned=self.known > 1)
+            return scene, self.encode(draw_clip(scene, columns * 8, rows * 8, 4 * frames - 3)), self.nothing
+        scene, clip = known_clip(random, columns * 8, rows * 8, 4 * frames - 3, turned=self.known > 1)
         shown = clip.clone()
         shown[:, self.known :] = 0
         return scene, self.encode(clip), self.encode(shown)
@@ -130,7 +129,7 @@ class Pool:
         if self.shape == STILL or random.random() < 0.3:
             at = random.randrange(len(self.scenes))
             self.scenes[at], self.latents[at : at + 1], self.shown[at : at + 1] = self.draw(random)
-        count = min(TOKENS // self.latents[0, 0].numel(), 40, len(self.scenes))
+        count = min(4 * TOKENS // self.latents[0, 0].numel(), 40, len(self.scenes))
         chosen = random.sample(range(len(self.scenes)), count)
         every = (count, -1, -1, -1, -1)
         shown = torch.cat([self.shown[chosen], self.nothing.expand(every), self.mask.expand(every)], dim=1)

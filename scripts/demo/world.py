@@ -17,17 +17,19 @@ COLOURS = {
     "white": (250, 250, 250), "black": (20, 20, 20),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross")
-SIZES = {"small": 0.26, "medium": 0.40, "large": 0.58}
+SIZES = {"small": 0.30, "medium": 0.42, "large": 0.58}
 """Radius of a shape."""
 PLACES = {
     "center": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1),
     "top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1),
 }  # fmt: skip
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-MARGIN = 0.1
+MARGIN = 0.08
 """Between a shape at an edge and that edge, at least."""
-STILL_HALF, LATTICE = 128, 16
-"""Pixels: the unit of length in still pictures, and the grid for the centres of shapes."""
+LATTICE = 0.25
+"""Apart are the places for the centres of shapes in what the demo is trained on."""
+STILL_HALF = 128
+"""Pixels: the unit of length in still pictures."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +147,14 @@ def draw(
 
 
 def still_centre(scene: Scene, width: int, height: int, half: int = STILL_HALF) -> tuple[float, float]:
-    """Of the shape in a still picture: on a lattice of 16 pixels, but for its small chances, in units of `half` pixels.
+    """Of the shape in a still picture, in units of `half` pixels: on the lattice, but for its small chances.
 
-    A latent of the demo's VAEs takes 16 x 16 pixels, so a shape looks the same to a transformer wherever it is.
+    A quarter of the unit is a token of the demo's transformers, in pictures and in clips, so that a shape looks the
+    same to them wherever it is.
     """
     plain = replace(scene, scale=1.0, dx=0.0, dy=0.0)
     centre = centre_of(plain, (width / 2 / half, height / 2 / half))
-    x, y = (
-        (round((at * half + side / 2) / LATTICE) * LATTICE - side / 2) / half
-        for at, side in zip(centre, (width, height), strict=True)
-    )
+    x, y = (math.copysign((abs(at) + 1e-6) // LATTICE * LATTICE, at) for at in centre)
     return x + scene.dx, y + scene.dy
 
 
