@@ -66,11 +66,11 @@ def sharpen(name: str, vae: Any, pictures: Callable[[Random, float], torch.Tenso
     return learn(name, vae, loss_of, steps, 1.5e-3, folder)
 
 
-def rebuilding(vae: Any, pixels: torch.Tensor, weights: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """The loss of a VAE: how far off it is, by pixels that count as `weights`, with latents that stay near 0."""
+def rebuilding(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """The loss of a VAE: how far off it is, with latents that stay near 0."""
     latents = vae.encode(pixels).latent_dist
     off = (vae.decode(latents.sample()).sample.float() - pixels).abs()
-    return (weights * (off + 0.5 * off.square())).mean() + 1e-4 * latents.mean.float().square().mean()
+    return off.mean() + 0.5 * off.square().mean() + 1e-4 * latents.mean.float().square().mean()
 
 
 def start(vae: nn.Module, last: nn.Module, channels: int) -> None:
