@@ -85,7 +85,7 @@ def job_of(house: House, answer: httpx.Response) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", FLUX)
-@pytest.mark.parametrize(("ratio", "size"), [(None, (256, 256)), ("16:9", (352, 192)), ("9:21", (192, 416))])
+@pytest.mark.parametrize(("ratio", "size"), [(None, (256, 256)), ("16:9", (448, 256)), ("9:21", (256, 576))])
 def test_pictures_of_its_own_sizes(house: House, model: str, ratio: str | None, size: tuple[int, int]):
     answer = ask(house, model, **({"aspectRatio": ratio} if ratio else {}))
     assert answer.status_code == 200, answer.text
@@ -129,10 +129,10 @@ def test_the_models_of_a_family_share_one_copy(house: House):
 @pytest.mark.parametrize(
     ("model", "body", "size", "duration"),
     [
-        ("wan-2.1", {}, (208, 112), 33 / 16),
-        ("wan-2.1", {"aspectRatio": "1:1", "resolution": "720p", "duration": 1.0}, (160, 160), 17 / 16),
-        ("wan-2.1-i2v-14b-720p", {"imageUrl": data_url(PICTURE), "duration": 1.0}, (192, 112), 17 / 16),
-        ("ltx-video", {"aspectRatio": "1:1"}, (192, 192), 49 / 24),
+        ("wan-2.1", {}, (224, 128), 33 / 16),
+        ("wan-2.1", {"aspectRatio": "1:1", "resolution": "720p", "duration": 1.0}, (128, 128), 17 / 16),
+        ("wan-2.1-i2v-14b-720p", {"imageUrl": data_url(PICTURE), "duration": 1.0}, (224, 128), 17 / 16),
+        ("ltx-video", {"aspectRatio": "1:1"}, (128, 128), 25 / 12),
     ],
 )
 def test_clips_of_its_own_sizes_and_length(
