@@ -75,6 +75,7 @@ class Weights:
     """One model's weights as installed: all that a family needs to load it.
 
     `architecture` is the diffusers pipeline to run them as, where it is another than their `model_index.json` names.
+    `compiled` says that the denoiser's blocks are to be run by torch.compile.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Weights:
     folder: Path
     components: tuple[Component, ...]
     architecture: str = ""
+    compiled: bool = False
 
     @property
     def weights_bytes(self) -> int:

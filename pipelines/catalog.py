@@ -115,9 +115,9 @@ class Model:
     """One table of `weights.toml`.
 
     `sizes` are by aspect ratio, at the usual resolution; `resolutions` has them for each, where there is a choice.
-    `dtypes` are those of single components, `quantisation` is the denoiser's. Of a model with a `base`, `weights` are
-    the denoiser alone, and all else is the base's. A model with `variants` has no weights of its own: it stands for
-    those models, best first for each workflow. `loras`, by the names that requests give them,
+    `dtypes` are those of single components, `quantisation` and `compiled` are the denoiser's. Of a model with a `base`,
+    `weights` are the denoiser alone, and all else is the base's. A model with `variants` has no weights of its own: it
+    stands for those models, best first for each workflow. `loras`, by the names that requests give them,
     are installed as models are, under ids such as `flux-dev+watercolour`, but do not run by themselves.
 
     `demo` is the model as it runs on demo weights, with sizes, defaults and memory of their own; it `stands_for` the
@@ -143,6 +143,7 @@ class Model:
     dtype: str = "float32"
     dtypes: Mapping[str, str] = field(default_factory=dict)
     quantisation: Quantisation | None = None
+    compiled: bool = False
     base: "Model | None" = None
     working: Working = Working()
     weights: Source | None = None

@@ -8,6 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from pipelines.base import BadOutput, InvalidInput, Loader, OnStep, Weights
+from pipelines.compiled import compiled
 from pipelines.flux_recipes import Recipe, recipes_for
 from pipelines.loading import load_component, load_small, read_json
 from pipelines.lora import worn
@@ -109,7 +110,8 @@ class Flux:
         """Packed latents (1, tokens, 4 x channels). A model without guidance embeddings ignores `guidance_scale`."""
         pipe = self._pipe(recipe, "transformer")
         dtype = pipe.transformer.dtype
-        with worn(pipe, params.loras, self._residency.device):
+        faster = compiled(pipe.transformer, self._weights.compiled and not params.loras)
+        with worn(pipe, params.loras, self._residency.device), faster:
             return pipe(
                 **{name: cast(value, dtype) for name, value in inputs.items()},
                 width=params.width,

@@ -53,7 +53,9 @@ class Installed:
             components = stand_in(folder, entry, model, base) if base else find_components(folder, entry, model)
             self.components[loaded] = tuple(components)
         folder = base.folder if base else folder
-        return Weights(model.id, model.family or "", folder, self.components[loaded], model.architecture)
+        return Weights(
+            model.id, model.family or "", folder, self.components[loaded], model.architecture, model.compiled
+        )
 
     def demo(self, model: Model) -> Model | None:
         """The model on demo weights, if there are any for it. Raises `UnusableWeights` for broken ones."""

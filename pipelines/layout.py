@@ -134,6 +134,8 @@ def block_of(name: str) -> str | None:
     return None
 
 
+@torch.inference_mode(False)
 def point(places: Places, buffer: torch.Tensor, start: int = 0) -> None:
+    """Let all of them be views, alike whether within a run or before it: else compiled code takes them for others."""
     for place in places:
         place.point(buffer, start)

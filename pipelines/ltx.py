@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipelines.base import InvalidInput, Loader, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
+from pipelines.compiled import compiled
 from pipelines.images import open_covering
 from pipelines.loading import architecture_of, load_component, load_small
 from pipelines.lora import worn
@@ -111,7 +112,8 @@ class Ltx:
     ) -> torch.Tensor:
         """Latents (1, channels, (frames - 1) / 8 + 1, height / 32, width / 32), normalised."""
         pipe = self._pipe("transformer", "vae")
-        with worn(pipe, params.loras, self._residency.device):
+        faster = compiled(pipe.transformer, self._weights.compiled and not params.loras)
+        with worn(pipe, params.loras, self._residency.device), faster:
             return pipe(
                 conditions=list(start.conditions) or None,
                 **embeds,

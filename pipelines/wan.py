@@ -9,6 +9,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
 
 from pipelines.base import Loader, OnStep, UnusableWeights, Weights
 from pipelines.clips import Clip, to_frames
+from pipelines.compiled import compiled
 from pipelines.loading import architecture_of, load_component, load_small, read_json
 from pipelines.lora import worn
 from pipelines.params import ImageToVideo, TextToVideo
@@ -101,7 +102,8 @@ class Wan:
         """Latents (1, channels, count, height / 8, width / 8); the references' come first."""
         pipe = self._pipe(self._pipeline, params, *self._denoisers)
         tiles = tiled(pipe.vae, self._residency.way.tiled and pipe.vae is not None)
-        with worn(pipe, params.loras, self._residency.device), tiles:
+        faster = compiled(pipe.transformer, self._weights.compiled and not params.loras)
+        with worn(pipe, params.loras, self._residency.device), tiles, faster:
             return pipe(
                 **start.inputs,
                 **embeds,

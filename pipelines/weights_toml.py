@@ -111,6 +111,7 @@ def read_model(name: str, table: Table, families: Mapping[str, dict[str, Any]], 
         dtype=table.among("dtype", table.take("dtype", str, "float32"), Dtype),
         dtypes={part: table.among("dtypes", dtype, Dtype) for part, dtype in table.mapping("dtypes", str).items()},
         quantisation=read_quantisation(table),
+        compiled=table.take("compiled", bool, False),
         working=read_working(table.table("working")),
         weights=read_source(table.table("weights")) if "weights" in table.left else None,
         remote=table.mapping("remote", str),
@@ -145,6 +146,7 @@ def read_demo(model: Model, demos: Mapping[str, dict[str, Any]], own: dict[str, 
         dtype=table.among("dtype", table.take("dtype", str, "float32"), Dtype),
         dtypes={},
         quantisation=None,
+        compiled=False,
         working=read_working(table.table("working")),
         weights=Source("path", path=str(folder / table.take("path", str))),
         architecture=table.take("architecture", str, ""),
@@ -190,6 +192,8 @@ def check_model(where: str, model: Model, has_variants: bool) -> None:
         raise CatalogError(f"{where}: workflows is empty")
     if model.weights is None and not model.remote and not has_variants:
         raise CatalogError(f"{where} runs nowhere: it has neither weights nor remote")
+    if model.compiled and (model.quantisation or model.family not in ("flux", "wan", "ltx")):
+        raise CatalogError(f"{where}: compiled is for plain models of Flux, Wan and LTX")
     if model.weights is not None and model.family is None:
         raise CatalogError(f"{where}: family is missing, and weights need one to be loaded")
     for workflow in model.remote:

@@ -10,6 +10,7 @@ from server.cli import app
 from server.commands.doctor import Finding, examine
 from server.devices import DeviceSpec
 from server.settings import Settings
+from tests.test_quantised import table
 
 CPU = DeviceSpec("cpu", "CPU", "cpu", 8 * 2**30, 6 * 2**30)
 GPU = DeviceSpec("GPU-1", "H200", "cuda", 140 * 2**30, 135 * 2**30)
@@ -39,6 +40,19 @@ def test_weights_and_their_terms(tmp_path: Path):
     assert found["flux-dev"].text == (
         "flux-dev is missing: plantain pull flux-dev (not for commercial use; its page asks for a login, set HF_TOKEN)"
     )
+
+
+def test_what_is_compiled_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "weights.toml").write_text(table("fast", tmp_path, "compiled = true") + table("plain", tmp_path))
+    catalog = Catalog.load(tmp_path / "weights.toml")
+    monkeypatch.delenv("CC", raising=False)
+    for path, said in [(str(tmp_path), ["fast"]), (str(tmp_path / "with"), [])]:
+        if not said:
+            (tmp_path / "with").mkdir()
+            (tmp_path / "with/gcc").touch(0o755)
+        monkeypatch.setenv("PATH", path)
+        found = [each for each in examine(Settings(tmp_path), catalog, [CPU]) if each.subject == "compiler"]
+        assert [each.text.split()[0] for each in found] == said
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -105,6 +106,11 @@ def test_quantised(kind: str, tmp_path: Path):
     assert plain and quantised
     assert quantised.component("transformer").weights_bytes < plain.component("transformer").weights_bytes
     assert shows(make(quantised, Residency("cpu")))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled(demo: Weights):
+    assert shows(make(replace(demo, compiled=True), Residency("cpu")))
 
 
 # Through a server

@@ -61,6 +61,7 @@ def examine(settings: Settings, catalog: Catalog, devices: list[DeviceSpec]) -> 
     yield _disk(settings.data)
     yield from (Finding(state, "database", text) for state, text in checkup.database(settings))
     yield from dict.fromkeys(_weights(catalog, Installed(settings.weights, settings.demo)))  # models share demo weights
+    yield from _compiler(catalog)
     yield from _remote(settings, catalog, datetime.now(UTC).date().isoformat())
 
 
@@ -92,6 +93,14 @@ def _weights_of(model: Model, status: Status) -> Finding:
         return Finding("ok", "weights", f"{model.id} is installed; {model.licence}{_terms(model)}")
     what = "runs on demo weights; the real ones" if status == "demo" else "is missing"
     return Finding("note", "weights", f"{model.id} {what}: plantain pull {model.id}{_terms(model)}")
+
+
+def _compiler(catalog: Catalog) -> Iterator[Finding]:
+    """torch.compile takes g++ on a CPU; on CUDA, Triton takes a C compiler of any name."""
+    wanting = [model.id for model in catalog.models.values() if model.compiled]
+    if wanting and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
+        what = "and here is no C compiler: its jobs will fail. On Debian and Ubuntu: apt install g++ python3-dev"
+        yield from (Finding("note", "compiler", f"{name} is compiled, {what}") for name in wanting)
 
 
 def _terms(model: Model) -> str:
