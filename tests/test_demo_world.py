@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from scripts.demo.moving import CLIP_HALF, SPEED, STOP, draw_clip, known_clip, random_moving, track
+from scripts.demo import moving
+from scripts.demo.moving import CLIP_HALF, SPEED, STOP, draw_clip, known_start, random_moving, track
 from scripts.demo.seen import look
 from scripts.demo.text import t5_tokenizer
 from scripts.demo.world import (
@@ -18,6 +19,7 @@ from scripts.demo.world import (
     SIZES,
     STILL_HALF,
     Scene,
+    covered_cells,
     describe,
     draw,
     draw_still,
@@ -25,6 +27,7 @@ from scripts.demo.world import (
     held_out,
     instruct,
     random_scene,
+    rgb,
     still_centre,
 )
 
@@ -113,11 +116,27 @@ def test_a_moving_shape_is_on_the_lattice_every_eighth_frame_and_whole(size: str
     assert {abs(step) for step in np.diff(along)} == {SPEED}
 
 
+@pytest.mark.parametrize("start", [0.0, 40.0])
+def test_what_is_said_to_be_covered_is(start: float):
+    """Of a picture and of a clip, white on black: each cell is as bright as its pixels on average, at edges nearly."""
+    scene = Scene("star", "white", "large", "left", "black", "down")
+    black, white = (float(rgb(colour)[0]) for colour in ("black", "white"))
+    still, clip = draw_still(scene, 256, 320)[:1], draw_clip(scene, 128, 160, 17, start)[0, ::8]
+    for drawn, cells, size in (
+        (still, covered_cells(scene, 256, 320, 8)[None], 8),
+        (clip, moving.covered_cells(scene, 128, 160, range(0, 17, 8), start, 4), 4),
+    ):
+        bright = functional.avg_pool2d((drawn - black) / (white - black), size)
+        assert bright.shape == cells.shape and float(bright.mean()) > 0.05
+        assert float((bright - cells).abs().max()) < 0.35 and float((bright - cells).abs().mean()) < 0.01
+
+
 def test_what_goes_on_may_be_on_its_way_back():
     random = Random(7)
     ways = set()
     for _ in range(40):
-        scene, clip = known_clip(random, 128, 128, 9, turned=True)
+        scene, start = known_start(random, 128, 128, turned=True)
+        clip = draw_clip(scene, 128, 128, 9, start)
         first, last = (look(pixels(clip[:, n])) for n in (0, 8))
         assert first and last
         along_x, along_y = DIRECTIONS[scene.direction]

@@ -1,7 +1,7 @@
 """Flux of the demo: one transformer for pictures from text, from a picture, and for Kontext's edits."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -9,12 +9,13 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from scripts.demo.denoise import noise_shares, weights_of
+from scripts.demo.hints import CELLS, Hinted
 from scripts.demo.image_vae import train_image_vae
 from scripts.demo.learn import device, learn
 from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
-from scripts.demo.world import Scene, describe, draw_still, edited, instruct, random_scene, strange
+from scripts.demo.world import Scene, covered_cells, describe, draw_still, edited, instruct, random_scene, strange
 
-STEPS = 16_000
+STEPS = 19_500
 BATCH = 32
 SQUARE = (8, 8)
 GRIDS = ((8, 10), (10, 8), (8, 12), (12, 8), (8, 14), (14, 8), (8, 18), (18, 8))
@@ -61,6 +62,8 @@ def train_transformer(folder: Path, vae: AutoencoderKL, encoders: tuple) -> Flux
     for part in (vae, encoders[1], encoders[3]):
         part.to(device()).eval().requires_grad_(False)
     transformer = untrained(vae.config.latent_channels)
+    blocks = (transformer.transformer_blocks[1], transformer.single_transformer_blocks[0])
+    hinted = Hinted(transformer, blocks, 128).to(device())
     pools: dict[tuple[int, int], Pool] = {}
 
     def loss_of(step: int) -> torch.Tensor:
@@ -68,9 +71,9 @@ def train_transformer(folder: Path, vae: AutoencoderKL, encoders: tuple) -> Flux
         grid = SQUARE if step < STEPS / 2 or random.random() < 0.6 else random.choice(GRIDS)
         if grid not in pools:
             pools[grid] = Pool(vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
-        return loss(transformer, encoders, pools[grid], random)
+        return loss(hinted, encoders, pools[grid], random)
 
-    return learn("flux", transformer, loss_of, STEPS, 6e-3, folder, muon=True)
+    return learn("flux", hinted, loss_of, STEPS, 6e-3, folder, muon=True).transformer
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,12 @@ class Pool:
         chosen = random.sample(range(len(self.edits)), count)
         return [self.edits[n] for n in chosen], self.before[chosen], self.after[chosen]
 
+    def cells(self, scenes: list[Scene]) -> torch.Tensor:
+        """(count, 1, rows x CELLS, columns x CELLS): what the shape covers of each."""
+        rows, columns = self.grid
+        covered = [covered_cells(scene, columns * 32, rows * 32, 32 // CELLS) for scene in scenes]
+        return torch.stack(covered)[:, None].to(device())
+
     def places(self, picture: int) -> torch.Tensor:
         """As FluxPipeline numbers tokens: (rows x columns, 3), the first number 1 for what Kontext looks at."""
         rows, columns = self.grid
@@ -127,18 +136,21 @@ class Pool:
 
 
 def random_edit(random: Random) -> Edit:
+    """Of small shapes there are more: what they are is learned last."""
     before = random_scene(random)
+    if random.random() < 0.25:
+        before = replace(before, size="small")
     return Edit(before, *edited(before, random))
 
 
-def loss(transformer: FluxTransformer2DModel, encoders: tuple, pool: Pool, random: Random) -> torch.Tensor:
-    """Of the predicted velocity, noise less latents: from a description, or from a picture and an instruction."""
+def loss(hinted: Hinted, encoders: tuple, pool: Pool, random: Random) -> torch.Tensor:
+    """Of the velocity, noise less latents, from a description or from a picture and an instruction; and the hints."""
     edits, before, after = pool.some(BATCH, random)
-    looks = random.random() < 0.3
+    looks = random.random() < 0.2
+    scenes = [each.after for each in edits]
     if looks:
         texts = [instruct(each.before, each.name, getattr(each.after, each.name), random) for each in edits]
     else:
-        scenes = [each.after for each in edits]
         if random.random() < 0.5:
             scenes, after = [each.before for each in edits], before
         texts = [strange(random) if random.random() < 0.04 else describe(each, random)[0] for each in scenes]
@@ -149,17 +161,18 @@ def loss(transformer: FluxTransformer2DModel, encoders: tuple, pool: Pool, rando
     if looks:
         tokens, ids = torch.cat([noisy, before], dim=1), torch.cat([ids, pool.places(1)])
     embeds, pooled = embedded(encoders, texts)
-    predicted = transformer(
-        hidden_states=tokens,
-        timestep=share[:, 0, 0],
-        pooled_projections=pooled,
-        encoder_hidden_states=embeds,
-        txt_ids=torch.zeros(TOKENS, 3, device=after.device),
-        img_ids=ids,
-        return_dict=False,
-    )[0][:, : after.shape[1]]
+    with hinted.listening() as heard:
+        predicted = hinted.transformer(
+            hidden_states=tokens,
+            timestep=share[:, 0, 0],
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(TOKENS, 3, device=after.device),
+            img_ids=ids,
+            return_dict=False,
+        )[0][:, : after.shape[1]]
     off = (predicted.float() - (noise - after)).square().mean(dim=-1)
-    return (off * weights_of(after)).mean()
+    return (off * weights_of(after)).mean() + hinted.loss(heard, pool.cells(scenes))
 
 
 @torch.no_grad()

@@ -13,13 +13,14 @@ from diffusers import (
 )
 
 from scripts.demo.denoise import noise_shares, weights_of
+from scripts.demo.hints import CELLS, Hinted
 from scripts.demo.learn import device, learn
-from scripts.demo.moving import draw_clip, known_clip, prompt, random_moving
+from scripts.demo.moving import covered_cells, draw_clip, known_start, prompt, random_moving
 from scripts.demo.text import VIDEO_STEPS, WIDTH, tokens_of, train_t5
 from scripts.demo.video_vae import train_ltx_vae
 from scripts.demo.world import Scene
 
-STEPS = 4_500
+STEPS = 3_500
 TOKENS = 4_096
 """In a batch, at most: of small clips there are more, up to 40."""
 FPS = (12, 12, 12, 24, 25, 30)
@@ -68,6 +69,7 @@ def train_transformer(folder: Path, vae: AutoencoderKLLTXVideo, tokenizer, text_
     for part in (vae, text_encoder):
         part.to(device()).eval().requires_grad_(False)
     transformer = untrained(vae.config.latent_channels)
+    hinted = Hinted(transformer, transformer.transformer_blocks[1:3], 128).to(device())
     pools: dict[tuple[tuple[int, int, int], int], Pool] = {}
 
     def loss_of(step: int) -> torch.Tensor:
@@ -75,9 +77,9 @@ def train_transformer(folder: Path, vae: AutoencoderKLLTXVideo, tokenizer, text_
         kind = kind_of(random, step / STEPS)
         if kind not in pools:
             pools[kind] = Pool(vae, *kind, random)
-        return loss(transformer, tokenizer, text_encoder, pools[kind], random)
+        return loss(hinted, tokenizer, text_encoder, pools[kind], random)
 
-    return learn("ltx", transformer, loss_of, STEPS, 6e-3, folder, muon=True)
+    return learn("ltx", hinted, loss_of, STEPS, 6e-3, folder, muon=True).transformer
 
 
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
@@ -98,29 +100,32 @@ class Pool:
         self.vae = copy.deepcopy(vae).to(torch.bfloat16)  # half as long as in float32 on a CPU
         self.shape, self.known = shape, known
         drawn = [self.draw(random) for _ in range(POOLS.get((shape, known), POOL))]
-        self.scenes = [scene for scene, _ in drawn]
-        self.latents = torch.cat([latents for _, latents in drawn])
+        self.scenes = [scene for scene, _, _ in drawn]
+        self.latents, self.cells = (torch.cat(each) for each in list(zip(*drawn, strict=True))[1:])
 
     @torch.no_grad()
-    def draw(self, random: Random) -> tuple[Scene, torch.Tensor]:
-        """From words alone, a clip begins at the first stop of its way; what is known may be anywhere."""
+    def draw(self, random: Random) -> tuple[Scene, torch.Tensor, torch.Tensor]:
+        """A scene, its latents, and what it covers of their cells.
+
+        From words alone, a clip begins at the first stop of its way; what is known may be anywhere.
+        """
         frames, rows, columns = self.shape
-        width, height = columns * 16, rows * 16
+        count, width, height = 8 * frames - 7, columns * 16, rows * 16
+        scene, start = random_moving(random), 0.0
         if self.known:
-            scene, clip = known_clip(random, width, height, 8 * frames - 7, turned=self.known > 1)
-        else:
-            scene = random_moving(random)
-            clip = draw_clip(scene, width, height, 8 * frames - 7)
+            scene, start = known_start(random, width, height, turned=self.known > 1)
+        clip = draw_clip(scene, width, height, count, start)
+        cells = covered_cells(scene, width, height, range(0, count, 8), start, 16 // CELLS)
         latents = self.vae.encode(clip[None].to(device(), torch.bfloat16)).latent_dist.mode().float()
         latents = LTXConditionPipeline._normalize_latents(latents, self.vae.latents_mean, self.vae.latents_std)
-        return scene, LTXConditionPipeline._pack_latents(latents.float())
+        return scene, LTXConditionPipeline._pack_latents(latents.float()), cells[None].to(device())
 
-    def some(self, random: Random) -> tuple[list[Scene], torch.Tensor]:
+    def some(self, random: Random) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
         if self.shape == STILL or random.random() < 0.3:
             at = random.randrange(len(self.scenes))
-            self.scenes[at], self.latents[at : at + 1] = self.draw(random)
+            self.scenes[at], self.latents[at : at + 1], self.cells[at : at + 1] = self.draw(random)
         chosen = random.sample(range(len(self.scenes)), min(TOKENS // self.latents.shape[1], 40, len(self.scenes)))
-        return [self.scenes[n] for n in chosen], self.latents[chosen]
+        return [self.scenes[n] for n in chosen], self.latents[chosen], self.cells[chosen]
 
     def coordinates(self, count: int, fps: int) -> torch.Tensor:
         """As the pipeline tells them: (count, 3, tokens), seconds and pixels."""
@@ -130,9 +135,9 @@ class Pool:
         return coordinates
 
 
-def loss(transformer: LTXVideoTransformer3DModel, tokenizer, text_encoder, pool: Pool, random: Random) -> torch.Tensor:
-    """Of the predicted velocity where nothing is known: of the whole clip, or of what follows its first latents."""
-    scenes, latents = pool.some(random)
+def loss(hinted: Hinted, tokenizer, text_encoder, pool: Pool, random: Random) -> torch.Tensor:
+    """Of the predicted velocity where nothing is known: in all of a clip, or after its first latents. And the hints."""
+    scenes, latents, cells = pool.some(random)
     count, tokens, _ = latents.shape
     share = noise_shares(count)[:, None].to(latents.device)
     noise = torch.randn_like(latents)
@@ -140,16 +145,17 @@ def loss(transformer: LTXVideoTransformer3DModel, tokenizer, text_encoder, pool:
     unknown = torch.arange(tokens, device=latents.device) >= pool.known * tokens // pool.shape[0]
     seen = latents + CONDITION_NOISE * share[..., None].square() * torch.randn_like(latents)
     embeds, mask = embedded(tokenizer, text_encoder, [prompt(scene, random, pool.known > 1) for scene in scenes])
-    predicted = transformer(
-        hidden_states=torch.where(unknown[:, None], noisy, seen),
-        encoder_hidden_states=embeds,
-        timestep=torch.where(unknown, share, 0.0) * 1000,
-        encoder_attention_mask=mask,
-        video_coords=pool.coordinates(count, random.choice(FPS)),
-        return_dict=False,
-    )[0]
+    with hinted.listening() as heard:
+        predicted = hinted.transformer(
+            hidden_states=torch.where(unknown[:, None], noisy, seen),
+            encoder_hidden_states=embeds,
+            timestep=torch.where(unknown, share, 0.0) * 1000,
+            encoder_attention_mask=mask,
+            video_coords=pool.coordinates(count, random.choice(FPS)),
+            return_dict=False,
+        )[0]
     off = (predicted.float() - (noise - latents)).square().mean(dim=-1)
-    return (off * weights_of(latents))[:, unknown].mean()
+    return (off * weights_of(latents))[:, unknown].mean() + hinted.loss(heard, cells)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from scripts.demo.world import (
     PLACES,
     SIZES,
     Scene,
+    covered,
     describe,
     draw,
     random_scene,
@@ -74,13 +75,19 @@ def draw_clip(scene: Scene, width: int, height: int, count: int, start: float = 
     return torch.stack([draw(scene, width, height, centre, CLIP_HALF) for centre in centres], dim=1)
 
 
-def known_clip(random: Random, width: int, height: int, count: int, turned: bool) -> tuple[Scene, torch.Tensor]:
-    """A clip whose first frames will be known: it may be anywhere then, and, if `turned`, be on its way back."""
+def covered_cells(scene: Scene, width: int, height: int, frames: range, start: float, cell: int) -> torch.Tensor:
+    """(frames, height / cell, width / cell) of a clip: how much of each cell of so many pixels the shape covers."""
+    centres = [*track(scene, width, height, frames[-1] + 1, start)]
+    return torch.stack([covered(scene, width // cell, height // cell, centres[n], CLIP_HALF / cell) for n in frames])
+
+
+def known_start(random: Random, width: int, height: int, turned: bool) -> tuple[Scene, float]:
+    """Of a clip whose first frames will be known: it may be anywhere then, and, if `turned`, be on its way back."""
     scene = replace(random_moving(random), place=random.choice(list(PLACES)))
     start = random_start(scene, width, height, random)
     if turned and random.random() < 0.4:
         start += STOP + random_start(scene, width, height, random)
-    return scene, draw_clip(scene, width, height, count, start)
+    return scene, start
 
 
 def prompt(scene: Scene, random: Random, seen: bool) -> str:

@@ -9,8 +9,9 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanVACEPipeline
 from torch.nn import functional
 
 from scripts.demo.denoise import noise_shares, weights_of
+from scripts.demo.hints import CELLS, Hinted
 from scripts.demo.learn import device, learn
-from scripts.demo.moving import draw_clip, known_clip, prompt, random_moving
+from scripts.demo.moving import covered_cells, draw_clip, known_start, prompt, random_moving
 from scripts.demo.text import VIDEO_STEPS, WIDTH, tokens_of, train_umt5
 from scripts.demo.video_vae import train_wan_vae
 from scripts.demo.world import Scene
@@ -63,6 +64,7 @@ def train_transformer(folder: Path, vae: AutoencoderKLWan, tokenizer, text_encod
     for part in (vae, text_encoder):
         part.to(device()).eval().requires_grad_(False)
     transformer = untrained(vae.config.z_dim)
+    hinted = Hinted(transformer, transformer.blocks[1:3], 128).to(device())
     pools: dict[tuple[tuple[int, int, int], int], Pool] = {}
 
     def loss_of(step: int) -> torch.Tensor:
@@ -70,9 +72,9 @@ def train_transformer(folder: Path, vae: AutoencoderKLWan, tokenizer, text_encod
         kind = kind_of(random, step / STEPS)
         if kind not in pools:
             pools[kind] = Pool(vae, *kind, random)
-        return loss(transformer, tokenizer, text_encoder, pools[kind], random)
+        return loss(hinted, tokenizer, text_encoder, pools[kind], random)
 
-    return learn("wan", transformer, loss_of, STEPS, 6e-3, folder, muon=True)
+    return learn("wan", hinted, loss_of, STEPS, 6e-3, folder, muon=True).transformer
 
 
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
@@ -100,8 +102,8 @@ class Pool:
         unknown[:, :, :known] = 0
         self.mask = functional.interpolate(unknown, size=shape, mode="nearest-exact")
         drawn = [self.draw(random) for _ in range(POOLS.get((shape, known), POOL))]
-        self.scenes = [scene for scene, _, _ in drawn]
-        self.latents, self.shown = (torch.cat(each) for each in list(zip(*drawn, strict=True))[1:])
+        self.scenes = [scene for scene, _, _, _ in drawn]
+        self.latents, self.shown, self.cells = (torch.cat(each) for each in list(zip(*drawn, strict=True))[1:])
 
     @torch.no_grad()
     def encode(self, clip: torch.Tensor) -> torch.Tensor:
@@ -113,45 +115,55 @@ class Pool:
         )
         return (latents - mean) / std
 
-    def draw(self, random: Random) -> tuple[Scene, torch.Tensor, torch.Tensor]:
-        """A scene, its latents, and those of what is known."""
-        frames, rows, columns = self.shape
-        if not self.known:
-            scene = random_moving(random)
-            return scene, self.encode(draw_clip(scene, columns * 8, rows * 8, 4 * frames - 3)), self.nothing
-        scene, clip = known_clip(random, columns * 8, rows * 8, 4 * frames - 3, turned=self.known > 1)
-        shown = clip.clone()
-        shown[:, self.known :] = 0
-        return scene, self.encode(clip), self.encode(shown)
+    def draw(self, random: Random) -> tuple[Scene, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A scene, its latents, those of what is known, and what the shape covers of each token's cells.
 
-    def some(self, random: Random) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
-        """Scenes, latents, and what VACE is shown: what is known, nothing of what is not, and the mask."""
+        From words alone, a clip begins at the first stop of its way; what is known may be anywhere.
+        """
+        frames, rows, columns = self.shape
+        count, width, height = 4 * frames - 3, columns * 8, rows * 8
+        scene, start, shown = random_moving(random), 0.0, self.nothing
+        if self.known:
+            scene, start = known_start(random, width, height, turned=self.known > 1)
+        clip = draw_clip(scene, width, height, count, start)
+        if self.known:
+            seen = clip.clone()
+            seen[:, self.known :] = 0
+            shown = self.encode(seen)
+        cells = covered_cells(scene, width, height, range(0, count, 4), start, 16 // CELLS)
+        return scene, self.encode(clip), shown, cells[None].to(device())
+
+    def some(self, random: Random) -> tuple[list[Scene], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scenes, latents, what VACE is shown (what is known, nothing of what is not, and the mask), and cells."""
         if self.shape == STILL or random.random() < 0.3:
             at = random.randrange(len(self.scenes))
-            self.scenes[at], self.latents[at : at + 1], self.shown[at : at + 1] = self.draw(random)
+            self.scenes[at], *drawn = self.draw(random)
+            for kept, new in zip((self.latents, self.shown, self.cells), drawn, strict=True):
+                kept[at : at + 1] = new
         count = min(4 * TOKENS // self.latents[0, 0].numel(), 40, len(self.scenes))
         chosen = random.sample(range(len(self.scenes)), count)
         every = (count, -1, -1, -1, -1)
         shown = torch.cat([self.shown[chosen], self.nothing.expand(every), self.mask.expand(every)], dim=1)
-        return [self.scenes[n] for n in chosen], self.latents[chosen], shown
+        return [self.scenes[n] for n in chosen], self.latents[chosen], shown, self.cells[chosen]
 
 
-def loss(transformer: WanVACETransformer3DModel, tokenizer, text_encoder, pool: Pool, random: Random) -> torch.Tensor:
-    """Of the predicted velocity, noise less latents."""
-    scenes, latents, shown = pool.some(random)
+def loss(hinted: Hinted, tokenizer, text_encoder, pool: Pool, random: Random) -> torch.Tensor:
+    """Of the predicted velocity, noise less latents; and the hints."""
+    scenes, latents, shown, cells = pool.some(random)
     share = noise_shares(len(scenes)).to(latents.device)
     noise = torch.randn_like(latents)
-    predicted = transformer(
-        hidden_states=torch.lerp(latents, noise, share[:, None, None, None, None]),
-        timestep=share * 1000,
-        encoder_hidden_states=embedded(
-            tokenizer, text_encoder, [prompt(each, random, pool.known > 1) for each in scenes]
-        ),
-        control_hidden_states=shown,
-        return_dict=False,
-    )[0]
+    with hinted.listening() as heard:
+        predicted = hinted.transformer(
+            hidden_states=torch.lerp(latents, noise, share[:, None, None, None, None]),
+            timestep=share * 1000,
+            encoder_hidden_states=embedded(
+                tokenizer, text_encoder, [prompt(each, random, pool.known > 1) for each in scenes]
+            ),
+            control_hidden_states=shown,
+            return_dict=False,
+        )[0]
     off = (predicted.float() - (noise - latents)).square().mean(dim=1).flatten(1)
-    return (off * weights_of(latents.flatten(2).mT)).mean()
+    return (off * weights_of(latents.flatten(2).mT)).mean() + hinted.loss(heard, cells)
 
 
 @torch.no_grad()

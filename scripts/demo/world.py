@@ -133,16 +133,23 @@ def centre_of(scene: Scene, extent: tuple[float, float]) -> tuple[float, float]:
     return x + scene.dx, y + scene.dy
 
 
-def draw(
+def covered(
     scene: Scene, width: int, height: int, centre: tuple[float, float] | None = None, half: float | None = None
 ) -> torch.Tensor:
-    """(3, height, width), from -1 to 1. `half` is the unit of length in pixels; else half the canvas's shorter side."""
+    """(height, width), 1 where the shape is. `half` is the unit of length in pixels; else half the shorter side."""
     half = half or min(width, height) / 2
     at_x, at_y = centre or centre_of(scene, (width / 2 / half, height / 2 / half))
     x = ((torch.arange(width) + 0.5 - width / 2) / half - at_x) / scene.radius
     y = ((torch.arange(height) + 0.5 - height / 2) / half - at_y) / scene.radius
     pixels_out = distances(scene.shape, x[None, :].expand(height, width), y[:, None].expand(height, width))
-    inside = (0.5 - pixels_out * scene.radius * half).clamp(0, 1)
+    return (0.5 - pixels_out * scene.radius * half).clamp(0, 1)
+
+
+def draw(
+    scene: Scene, width: int, height: int, centre: tuple[float, float] | None = None, half: float | None = None
+) -> torch.Tensor:
+    """(3, height, width), from -1 to 1, of what is covered as above."""
+    inside = covered(scene, width, height, centre, half)
     return torch.lerp(rgb(scene.background)[:, None, None], rgb(scene.colour)[:, None, None], inside)
 
 
@@ -161,6 +168,11 @@ def still_centre(scene: Scene, width: int, height: int, half: int = STILL_HALF) 
 def draw_still(scene: Scene, width: int, height: int) -> torch.Tensor:
     """(3, height, width), from -1 to 1: shapes are as large on every canvas as on one of 256 x 256."""
     return draw(scene, width, height, still_centre(scene, width, height), STILL_HALF)
+
+
+def covered_cells(scene: Scene, width: int, height: int, cell: int) -> torch.Tensor:
+    """(height / cell, width / cell): how much of each of a still picture's cells of so many pixels the shape covers."""
+    return covered(scene, width // cell, height // cell, still_centre(scene, width, height), STILL_HALF / cell)
 
 
 def draw_batch(scenes: Sequence[Scene], width: int, height: int) -> torch.Tensor:
