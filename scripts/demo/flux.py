@@ -15,7 +15,7 @@ from scripts.demo.learn import device, learn
 from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
 from scripts.demo.world import Scene, covered_cells, describe, draw_still, edited, instruct, random_scene, strange
 
-STEPS = 19_500
+STEPS = 16_000
 BATCH = 32
 SQUARE = (8, 8)
 GRIDS = ((8, 10), (10, 8), (8, 12), (12, 8), (8, 14), (14, 8), (8, 18), (18, 8))

@@ -78,9 +78,9 @@ def train_transformer(folder: Path, vae: AutoencoderKLWan, tokenizer, text_encod
 
 
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
-    """What a batch is of, and how many of its frames are known: at first, clips of one shape from words."""
+    """What a batch is of, and how many of its frames are known: at first, single frames, then clips of one shape."""
     chance = random.random()
-    if chance < 0.3:
+    if done < 0.15 or chance < 0.3:
         return STILL, 0
     if chance < 0.75 or done < 0.4:
         return CLIP, int(chance > 0.68)
