@@ -414,8 +414,8 @@ def test_a_family_whose_folder_is_not_there_has_none(mine: Settings):
         ('path = "weights/demo/flux"\n', "", "[demo.flux] for flux-schnell: path is missing"),
         ("[demo.ltx]\n", "[demo.ltx]\nlicence = 'MIT'\n", "[demo.ltx]: licence is not known"),
         ("[demo.flux]\n", "[demo.flax]\npath = 'x'\n[demo.flux]\n", "[demo.flax]: no model with weights is of this"),
-        ('"5:4" = [256, 224]\n', "", "[demo.flux] for flux-schnell: sizes has other aspect ratios than the model"),
-        ('"5:4" = [256, 224]\n', '"5:4" = [256, 225]\n', "[demo.flux] for flux-schnell: sizes.5:4 is not a multiple"),
+        ('"5:4" = [320, 256]\n', "", "[demo.flux] for flux-schnell: sizes has other aspect ratios than the model"),
+        ('"5:4" = [320, 256]\n', '"5:4" = [320, 257]\n', "[demo.flux] for flux-schnell: sizes.5:4 is not a multiple"),
         ("demo = { arch", "demo = { ark", "[models.flux-kontext]: demo: arkitecture is not known; did you mean arch"),
     ],
 )

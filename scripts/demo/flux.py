@@ -20,7 +20,7 @@ BATCH = 32
 SQUARE = (8, 8)
 GRIDS = ((8, 10), (10, 8), (8, 12), (12, 8), (8, 14), (14, 8), (8, 18), (18, 8))
 """Rows and columns of tokens of 32 x 32 pixels: even, so that a picture's centre is a corner of four."""
-SQUARE_POOL, POOL = 1_600, 60
+SQUARE_POOL, POOL = 1_600, 400
 """Edits kept encoded for each grid; some are drawn anew as they are used."""
 
 
@@ -68,7 +68,7 @@ def train_transformer(folder: Path, vae: AutoencoderKL, encoders: tuple) -> Flux
 
     def loss_of(step: int) -> torch.Tensor:
         random = Random(step)
-        grid = SQUARE if step < STEPS / 2 or random.random() < 0.6 else random.choice(GRIDS)
+        grid = SQUARE if step < STEPS / 2 or random.random() < 0.3 else random.choice(GRIDS)
         if grid not in pools:
             pools[grid] = Pool(vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
         return loss(hinted, encoders, pools[grid], random)
