@@ -81,10 +81,25 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return furnish(tmp_path_factory.mktemp("house"))
 
 
+@pytest.fixture(scope="module")
+def house(settings: Settings) -> Iterator[House]:
+    with running(settings) as it:
+        yield it
+
+
 @pytest.fixture
-def it(settings: Settings, tmp_path: Path) -> Iterator[Watched]:
-    with running(settings) as house:
-        yield Watched(house, tmp_path)
+def it(house: House, tmp_path: Path) -> Iterator[Watched]:
+    """With nothing resident."""
+    worker = house.services.dispatcher.workers["cpu"]
+    supervisor, policy = worker.supervisor, house.services.dispatcher.backlog.policy
+    house.until(lambda: worker.status == "idle")
+    for key in dict(worker.resident):
+        worker.forget({key})
+        supervisor.send(Evict(key))
+    calls = supervisor.send, supervisor._on_event
+    yield Watched(house, tmp_path)
+    supervisor.send, supervisor._on_event = calls  # type: ignore[method-assign]
+    house.services.dispatcher.backlog.policy = policy
 
 
 def keys_of(it: Watched, model: str) -> set[str]:
