@@ -11,6 +11,7 @@ from pipelines.residency import Residency
 from scripts.demo.seen import Seen, look
 from scripts.demo.trial import KEPT, PROMPTS, Demo, Tally, picture_of, saved
 from scripts.demo.world import (
+    COLOURS,
     PLACES,
     SIZES,
     STILL_HALF,
@@ -67,14 +68,16 @@ def in_place(seen: Seen, scene: Scene, size: tuple[int, int]) -> bool:
 
 
 def from_picture(demo: Demo, count: int) -> Tally:
-    """Another colour for what is on the picture, half way from the noise: where and how large it is stays."""
-    tally, random = Tally("flux-dev, image-to-image at 0.75"), Random(2)
+    """Another colour for what is on the picture, at the demo's own strength: where and how large it is stays."""
+    tally, random = Tally("flux-dev, image-to-image"), Random(2)
     for n in range(count):
         scene = random_scene(random, test=True)
+        target = replace(scene, colour=random.choice([each for each in COLOURS if each != scene.background]))
         before = picture_of(draw_still(scene, 256, 256))
         with saved(before) as file:
-            after = demo.image(describe(scene, random, whole=True)[0], n, images=(file,), strength=0.75)
-        compare(tally, look(np.asarray(before)), look(after), scene, changed=None)
+            strength = demo.model.defaults["strength"]
+            after = demo.image(describe(target, random, whole=True)[0], n, images=(file,), strength=strength)
+        compare(tally, look(np.asarray(before)), look(after), target, changed="colour")
     return tally
 
 

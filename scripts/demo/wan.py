@@ -24,7 +24,7 @@ CONTEXT = 17
 STILL, CLIP = (1, 16, 16), (9, 16, 16)
 """Latent frames, rows and columns, of 4 frames and 8 x 8 pixels each. Single frames are soon learned from."""
 SHAPES = ((13, 16, 16), (13, 16, 16), (13, 16, 16), (9, 16, 28), (9, 28, 16), (9, 16, 20), (9, 20, 16))
-POOLS, POOL = {(STILL, 0): 1_500, (CLIP, 0): 600, (CLIP, 1): 160}, 24
+POOLS, POOL = {(STILL, 0): 1_500, (CLIP, 0): 600, (CLIP, 1): 400}, 24
 """Clips that are kept encoded, by shape and how many frames are known; some are drawn anew as they are used."""
 MASKS = 8 * 8
 """Channels of the mask: one for each pixel of a latent."""
@@ -83,7 +83,7 @@ def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
     if done < 0.15 or chance < 0.3:
         return STILL, 0
     if chance < 0.75 or done < 0.4:
-        return CLIP, int(chance > 0.68)
+        return CLIP, int(chance > 0.55)
     shape = random.choice(SHAPES)
     return shape, random.choice((0, 1, CONTEXT, CONTEXT) if shape[0] > CLIP[0] else (0, 0, 1))
 
