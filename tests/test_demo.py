@@ -91,7 +91,7 @@ def test_pictures_of_its_own_sizes(house: House, model: str, ratio: str | None, 
     assert answer.status_code == 200, answer.text
     assert house.picture(answer.json()["imageUrl"]).size == size
     assert "x-ignored-fields" not in answer.headers
-    assert job_of(house, answer)["params"]["numInferenceSteps"] == 12
+    assert job_of(house, answer)["params"]["numInferenceSteps"] == 8
 
 
 @pytest.mark.parametrize("model", FLUX)
