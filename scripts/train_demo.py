@@ -5,6 +5,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,18 @@ from typing import Any
 sys.path.insert(0, str(ROOT := Path(__file__).parent.parent))
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from scripts.demo.flux import train_flux
-from scripts.demo.ltx import train_ltx
-from scripts.demo.wan import train_wan
+from scripts.demo.flux import train_flux, train_flux_further
+from scripts.demo.ltx import train_ltx, train_ltx_further
+from scripts.demo.wan import train_wan, train_wan_further
 
 TRAINERS: dict[str, Callable[[Path], Any]] = {"flux": train_flux, "ltx": train_ltx, "wan": train_wan}
+FURTHER: dict[str, Callable[[Path, int, Path], Any]] = {
+    "flux": train_flux_further,
+    "ltx": train_ltx_further,
+    "wan": train_wan_further,
+}
 
 
 def train(family: str, work: Path, out: Path) -> None:
@@ -30,6 +37,16 @@ def train(family: str, work: Path, out: Path) -> None:
     subprocess.run([ROOT / "scripts/sums", out], check=True)
     size = sum(file.stat().st_size for file in (out / family).rglob("*") if file.is_file())
     print(f"{out / family}: {size / 2**20:.1f} MiB", flush=True)
+
+
+def train_further(family: str, steps: int, work: Path, out: Path) -> None:
+    """The transformer in `out / family`; its file of weights is replaced, and all else is as it was."""
+    transformer = FURTHER[family](out / family, steps, work).transformer
+    with tempfile.TemporaryDirectory() as folder:
+        transformer.to(torch.bfloat16).save_pretrained(folder)
+        shutil.move(Path(folder) / SAFETENSORS_WEIGHTS_NAME, out / family / "transformer" / SAFETENSORS_WEIGHTS_NAME)
+    subprocess.run([ROOT / "scripts/sums", out], check=True)
+    (work / family / f"{family}_further.pt").unlink()  # the next one begins with what was written now
 
 
 def score(family: str, count: int) -> None:
@@ -44,6 +61,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(TRAINERS)}; else all")
     parser.add_argument("--score", action="store_true", help="score weights/demo, through the server's own pipelines")
     parser.add_argument("--prompts", type=int, default=200, help="how many to score, of each kind")
+    parser.add_argument("--further", type=int, metavar="STEPS", help="only train the transformer in --out that far on")
     parser.add_argument("--work", type=Path, default=ROOT / "build/demo", help="where training is kept, and goes on")
     parser.add_argument("--out", type=Path, default=ROOT / "weights/demo")
     parser.add_argument("--threads", type=int, help="for torch; else as many as there are cores")
@@ -56,6 +74,8 @@ def main() -> None:
     for family in given.families or TRAINERS:
         if given.score:
             score(family, given.prompts)
+        elif given.further:
+            train_further(family, given.further, given.work, given.out)
         else:
             train(family, given.work, given.out)
 

@@ -10,7 +10,12 @@ def noise_shares(count: int) -> torch.Tensor:
 
 
 def weights_of(latents: torch.Tensor) -> torch.Tensor:
-    """Of each token in the loss, (count, tokens): all of a shape's gain three quarters of the whole, however few."""
+    """Of each token in the loss, (count, tokens): more for those that a shape is in."""
     background = latents.median(dim=1, keepdim=True).values
-    drawn = ((latents - background).square().mean(dim=-1) > 0.05).float()
-    return 1 + 0.75 * latents.shape[1] * drawn / drawn.sum(dim=1, keepdim=True).clamp(min=1)
+    return weights_of_some((latents - background).square().mean(dim=-1) > 0.05)
+
+
+def weights_of_some(chosen: torch.Tensor) -> torch.Tensor:
+    """Of (count, tokens): the chosen ones gain three quarters of the whole, however few they are."""
+    some = chosen.float()
+    return 1 + 0.75 * some.shape[1] * some / some.sum(dim=1, keepdim=True).clamp(min=1)

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from scripts.demo.denoise import noise_shares, weights_of
 from scripts.demo.hints import CELLS, Hinted
 from scripts.demo.image_vae import train_image_vae
-from scripts.demo.learn import device, learn
+from scripts.demo.learn import device, fastest, learn
 from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
 from scripts.demo.world import Scene, covered_cells, describe, draw_still, edited, instruct, random_scene, strange
 
@@ -30,9 +30,8 @@ def train_flux(root: Path) -> FluxPipeline:
     vae = train_image_vae(folder)
     tokenizer, text_encoder = train_clip(root / "text")
     tokenizer_2, text_encoder_2 = train_t5(root / "text")
-    encoders = (tokenizer, text_encoder, tokenizer_2, text_encoder_2)
-    return FluxPipeline(
-        transformer=train_transformer(folder, vae, encoders),
+    pipeline = FluxPipeline(
+        transformer=untrained(vae.config.latent_channels),
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,
         vae=vae,
@@ -41,6 +40,13 @@ def train_flux(root: Path) -> FluxPipeline:
         # What Black Forest Labs publish for dev: the noise is shifted by resolution.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
+    return train_transformer(pipeline, STEPS, folder)
+
+
+def train_flux_further(begun: Path, steps: int, root: Path) -> FluxPipeline:
+    """The pipeline that lies in `begun`, its transformer trained for so many steps more."""
+    pipeline = FluxPipeline.from_pretrained(begun, dtype=torch.float32)
+    return train_transformer(pipeline, steps, root / "flux", further=True)
 
 
 def untrained(latent_channels: int) -> FluxTransformer2DModel:
@@ -58,22 +64,26 @@ def untrained(latent_channels: int) -> FluxTransformer2DModel:
     ).to(device())
 
 
-def train_transformer(folder: Path, vae: AutoencoderKL, encoders: tuple) -> FluxTransformer2DModel:
-    for part in (vae, encoders[1], encoders[3]):
+def train_transformer(pipeline: FluxPipeline, steps: int, folder: Path, further: bool = False) -> FluxPipeline:
+    """The same pipeline; `further`, at a lower rate and on all that there is from the start."""
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         part.to(device()).eval().requires_grad_(False)
-    transformer = untrained(vae.config.latent_channels)
+    transformer = pipeline.transformer.to(device())
     blocks = (transformer.transformer_blocks[1], transformer.single_transformer_blocks[0])
     hinted = Hinted(transformer, blocks, 128).to(device())
     pools: dict[tuple[int, int], Pool] = {}
 
     def loss_of(step: int) -> torch.Tensor:
         random = Random(step)
-        grid = SQUARE if step < STEPS / 2 or random.random() < 0.3 else random.choice(GRIDS)
+        at_first = not further and step < steps / 2
+        grid = SQUARE if at_first or random.random() < 0.3 else random.choice(GRIDS)
         if grid not in pools:
-            pools[grid] = Pool(vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
-        return loss(hinted, encoders, pools[grid], random)
+            pools[grid] = Pool(pipeline.vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
+        return loss(hinted, pipeline, pools[grid], random)
 
-    return learn("flux", hinted, loss_of, STEPS, 6e-3, folder, muon=True).transformer
+    name, rate = ("flux_further", 3e-3) if further else ("flux", 6e-3)
+    pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
+    return pipeline
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,7 @@ class Pool:
     """Edits with the packed latents of both pictures, each (count, rows x columns, 4 x channels)."""
 
     def __init__(self, vae: AutoencoderKL, grid: tuple[int, int], count: int, random: Random) -> None:
-        # On a CPU, six times as fast as float32, and off by 0.4 %.
-        self.vae = copy.deepcopy(vae).to(torch.bfloat16).to(memory_format=torch.channels_last)
+        self.vae = copy.deepcopy(vae).to(fastest()).to(memory_format=torch.channels_last)
         self.grid = grid
         self.edits = [random_edit(random) for _ in range(count)]
         self.before, self.after = self.encoded(self.edits)
@@ -104,7 +113,7 @@ class Pool:
         packed = []
         for n in range(0, len(scenes), 16):
             drawn = [draw_still(scene, columns * 32, rows * 32) for scene in scenes[n : n + 16]]
-            pixels = torch.stack(drawn).to(device(), torch.bfloat16)
+            pixels = torch.stack(drawn).to(device(), self.vae.dtype)
             pixels = pixels.to(memory_format=torch.channels_last)
             latents = self.vae.encode(pixels).latent_dist.mode().float()
             latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
@@ -143,7 +152,7 @@ def random_edit(random: Random) -> Edit:
     return Edit(before, *edited(before, random))
 
 
-def loss(hinted: Hinted, encoders: tuple, pool: Pool, random: Random) -> torch.Tensor:
+def loss(hinted: Hinted, pipeline: FluxPipeline, pool: Pool, random: Random) -> torch.Tensor:
     """Of the velocity, noise less latents, from a description or from a picture and an instruction; and the hints."""
     edits, before, after = pool.some(BATCH, random)
     looks = random.random() < 0.2
@@ -160,7 +169,7 @@ def loss(hinted: Hinted, encoders: tuple, pool: Pool, random: Random) -> torch.T
     tokens, ids = noisy, pool.places(0)
     if looks:
         tokens, ids = torch.cat([noisy, before], dim=1), torch.cat([ids, pool.places(1)])
-    embeds, pooled = embedded(encoders, texts)
+    embeds, pooled = embedded(pipeline, texts)
     with hinted.listening() as heard:
         predicted = hinted.transformer(
             hidden_states=tokens,
@@ -176,8 +185,7 @@ def loss(hinted: Hinted, encoders: tuple, pool: Pool, random: Random) -> torch.T
 
 
 @torch.no_grad()
-def embedded(encoders: tuple, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def embedded(pipeline: FluxPipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """T5's states (count, TOKENS, width), padding among them as in FluxPipeline, and CLIP's pooled ones."""
-    tokenizer, clip, tokenizer_2, t5 = encoders
-    pooled = clip(tokens_of(tokenizer, texts).input_ids).pooler_output
-    return t5(tokens_of(tokenizer_2, texts).input_ids)[0].float(), pooled.float()
+    pooled = pipeline.text_encoder(tokens_of(pipeline.tokenizer, texts).input_ids).pooler_output
+    return pipeline.text_encoder_2(tokens_of(pipeline.tokenizer_2, texts).input_ids)[0].float(), pooled.float()

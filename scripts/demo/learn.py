@@ -19,6 +19,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def fastest() -> torch.dtype:
+    """bfloat16, but for a CPU without instructions for it: there it takes twice as long as float32."""
+    has = torch.cpu.get_capabilities()
+    native = device().type == "cuda" or has.get("avx512_bf16") or has.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
 def learn(
     name: str,
     model: nn.Module,
@@ -26,18 +33,20 @@ def learn(
     steps: int,
     rate: float,
     folder: Path,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     muon: bool = False,
 ) -> nn.Module:
     """Train `model` for `steps` of `loss_of(step)` and return its averaged weights, in evaluation mode.
 
-    `dtype` is what is computed in where that is safe; the weights are float32. `muon` is for transformers.
+    `dtype` is what is computed in where that is safe, else the fastest here; the weights are float32. `muon` is for
+    transformers.
     What was done is kept in `folder / name.pt`, and a run that was broken off goes on from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimiser = Optimiser(model, rate, muon)
+    dtype = dtype or fastest()
     kept = folder / f"{name}.pt"
     begin = restore(kept, model, average, optimiser) if kept.exists() else 0
     started, recent = time.monotonic(), 0.0

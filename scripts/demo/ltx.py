@@ -14,8 +14,8 @@ from diffusers import (
 
 from scripts.demo.denoise import noise_shares, weights_of
 from scripts.demo.hints import CELLS, Hinted
-from scripts.demo.learn import device, learn
-from scripts.demo.moving import covered_cells, draw_clip, known_start, prompt, random_moving
+from scripts.demo.learn import device, fastest, learn
+from scripts.demo.moving import clips_to_learn_from, prompt
 from scripts.demo.text import VIDEO_STEPS, WIDTH, tokens_of, train_t5
 from scripts.demo.video_vae import train_ltx_vae
 from scripts.demo.world import Scene
@@ -32,8 +32,10 @@ STILL, CLIP = (1, 8, 8), (4, 8, 8)
 SHAPES = (
     (6, 8, 8), (6, 8, 8), (8, 8, 8), (10, 8, 8), (4, 8, 14), (4, 14, 8), (4, 8, 12), (4, 12, 8), (4, 8, 10), (4, 10, 8),
 )  # fmt: skip
-POOLS, POOL = {(STILL, 0): 1_500, (CLIP, 0): 1_000, (CLIP, 1): 240}, 32
+POOLS, POOL = {(STILL, 0): 1_600, (CLIP, 0): 800, (CLIP, 1): 240}, 32
 """Clips that are kept encoded, by shape and how many latent frames are known; some are drawn anew as they are used."""
+DRAWN = 4
+"""At a time: on a CPU two or more are encoded in a third of the time that each takes alone."""
 CONDITION_NOISE = 0.15
 """diffusers' default `image_cond_noise_scale`: known latents get this noise, times the square of the others' share."""
 
@@ -43,13 +45,20 @@ def train_ltx(root: Path) -> LTXConditionPipeline:
     folder = root / "ltx"
     vae = train_ltx_vae(folder)
     tokenizer, text_encoder = train_t5(folder, VIDEO_STEPS)
-    return LTXConditionPipeline(
-        transformer=train_transformer(folder, vae, tokenizer, text_encoder),
+    pipeline = LTXConditionPipeline(
+        transformer=untrained(vae.config.latent_channels),
         text_encoder=text_encoder,
         vae=vae,
         tokenizer=tokenizer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
+    return train_transformer(pipeline, STEPS, folder)
+
+
+def train_ltx_further(begun: Path, steps: int, root: Path) -> LTXConditionPipeline:
+    """The pipeline that lies in `begun`, its transformer trained for so many steps more."""
+    pipeline = LTXConditionPipeline.from_pretrained(begun, dtype=torch.float32)
+    return train_transformer(pipeline, steps, root / "ltx", further=True)
 
 
 def untrained(latent_channels: int) -> LTXVideoTransformer3DModel:
@@ -65,30 +74,35 @@ def untrained(latent_channels: int) -> LTXVideoTransformer3DModel:
     ).to(device())
 
 
-def train_transformer(folder: Path, vae: AutoencoderKLLTXVideo, tokenizer, text_encoder) -> LTXVideoTransformer3DModel:
-    for part in (vae, text_encoder):
+def train_transformer(
+    pipeline: LTXConditionPipeline, steps: int, folder: Path, further: bool = False
+) -> LTXConditionPipeline:
+    """The same pipeline; `further`, at a lower rate and on all that there is from the start."""
+    for part in (pipeline.vae, pipeline.text_encoder):
         part.to(device()).eval().requires_grad_(False)
-    transformer = untrained(vae.config.latent_channels)
+    transformer = pipeline.transformer.to(device())
     hinted = Hinted(transformer, transformer.transformer_blocks[1:3], 128).to(device())
     pools: dict[tuple[tuple[int, int, int], int], Pool] = {}
 
     def loss_of(step: int) -> torch.Tensor:
         random = Random(step)
-        kind = kind_of(random, step / STEPS)
+        kind = kind_of(random, 1 if further else step / steps)
         if kind not in pools:
-            pools[kind] = Pool(vae, *kind, random)
-        return loss(hinted, tokenizer, text_encoder, pools[kind], random)
+            pools[kind] = Pool(pipeline.vae, *kind, random)
+        return loss(hinted, pipeline, pools[kind], random)
 
-    return learn("ltx", hinted, loss_of, STEPS, 6e-3, folder, muon=True).transformer
+    name, rate = ("ltx_further", 3e-3) if further else ("ltx", 6e-3)
+    pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
+    return pipeline
 
 
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
     """What a batch is of, and how many of its latent frames are known: at first, single frames, then one shape."""
     chance = random.random()
-    if done < 0.15 or chance < 0.25:
+    if done < 0.15 or chance < 0.45:
         return STILL, 0
-    if chance < 0.75 or done < 0.4:
-        return CLIP, int(chance > 0.7)
+    if chance < 0.8 or done < 0.4:
+        return CLIP, int(chance > 0.72)
     shape = random.choice(SHAPES)
     return shape, random.choice((0, 0, 1, CONTEXT, CONTEXT)) if shape[0] > CONTEXT + 1 else random.choice((0, 0, 1))
 
@@ -97,33 +111,28 @@ class Pool:
     """Clips of one shape with their packed latents, (count, frames x rows x columns, channels), normalised."""
 
     def __init__(self, vae: AutoencoderKLLTXVideo, shape: tuple[int, int, int], known: int, random: Random) -> None:
-        self.vae = copy.deepcopy(vae).to(torch.bfloat16)  # half as long as in float32 on a CPU
+        self.vae = copy.deepcopy(vae).to(fastest())
         self.shape, self.known = shape, known
-        drawn = [self.draw(random) for _ in range(POOLS.get((shape, known), POOL))]
-        self.scenes = [scene for scene, _, _ in drawn]
+        drawn = [self.draw(random) for _ in range(POOLS.get((shape, known), POOL) // DRAWN)]
+        self.scenes = [scene for scenes, _, _ in drawn for scene in scenes]
         self.latents, self.cells = (torch.cat(each) for each in list(zip(*drawn, strict=True))[1:])
 
     @torch.no_grad()
-    def draw(self, random: Random) -> tuple[Scene, torch.Tensor, torch.Tensor]:
-        """A scene, its latents, and what it covers of their cells.
-
-        From words alone, a clip begins at the first stop of its way; what is known may be anywhere.
-        """
+    def draw(self, random: Random) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
+        """Scenes, their latents, and what they cover of the latents' cells."""
         frames, rows, columns = self.shape
-        count, width, height = 8 * frames - 7, columns * 16, rows * 16
-        scene, start = random_moving(random), 0.0
-        if self.known:
-            scene, start = known_start(random, width, height, turned=self.known > 1)
-        clip = draw_clip(scene, width, height, count, start)
-        cells = covered_cells(scene, width, height, range(0, count, 8), start, 16 // CELLS)
-        latents = self.vae.encode(clip[None].to(device(), torch.bfloat16)).latent_dist.mode().float()
+        scenes, clips, cells = clips_to_learn_from(
+            DRAWN, random, columns * 16, rows * 16, range(0, 8 * frames - 7, 8), self.known, self.known > 1, 16 // CELLS
+        )
+        latents = self.vae.encode(clips.to(device(), self.vae.dtype)).latent_dist.mode().float()
         latents = LTXConditionPipeline._normalize_latents(latents, self.vae.latents_mean, self.vae.latents_std)
-        return scene, LTXConditionPipeline._pack_latents(latents.float()), cells[None].to(device())
+        return scenes, LTXConditionPipeline._pack_latents(latents.float()), cells.to(device())
 
     def some(self, random: Random) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
-        if self.shape == STILL or random.random() < 0.3:
-            at = random.randrange(len(self.scenes))
-            self.scenes[at], self.latents[at : at + 1], self.cells[at : at + 1] = self.draw(random)
+        if self.shape == STILL or random.random() < 0.1:
+            at = random.randrange(0, len(self.scenes), DRAWN)
+            drawn = slice(at, at + DRAWN)
+            self.scenes[drawn], self.latents[drawn], self.cells[drawn] = self.draw(random)
         chosen = random.sample(range(len(self.scenes)), min(TOKENS // self.latents.shape[1], 40, len(self.scenes)))
         return [self.scenes[n] for n in chosen], self.latents[chosen], self.cells[chosen]
 
@@ -135,7 +144,7 @@ class Pool:
         return coordinates
 
 
-def loss(hinted: Hinted, tokenizer, text_encoder, pool: Pool, random: Random) -> torch.Tensor:
+def loss(hinted: Hinted, pipeline: LTXConditionPipeline, pool: Pool, random: Random) -> torch.Tensor:
     """Of the predicted velocity where nothing is known: in all of a clip, or after its first latents. And the hints."""
     scenes, latents, cells = pool.some(random)
     count, tokens, _ = latents.shape
@@ -144,7 +153,7 @@ def loss(hinted: Hinted, tokenizer, text_encoder, pool: Pool, random: Random) ->
     noisy = torch.lerp(latents, noise, share[..., None])
     unknown = torch.arange(tokens, device=latents.device) >= pool.known * tokens // pool.shape[0]
     seen = latents + CONDITION_NOISE * share[..., None].square() * torch.randn_like(latents)
-    embeds, mask = embedded(tokenizer, text_encoder, [prompt(scene, random, pool.known > 1) for scene in scenes])
+    embeds, mask = embedded(pipeline, [prompt(scene, random, pool.known > 1) for scene in scenes])
     with hinted.listening() as heard:
         predicted = hinted.transformer(
             hidden_states=torch.where(unknown[:, None], noisy, seen),
@@ -159,7 +168,7 @@ def loss(hinted: Hinted, tokenizer, text_encoder, pool: Pool, random: Random) ->
 
 
 @torch.no_grad()
-def embedded(tokenizer, text_encoder, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def embedded(pipeline: LTXConditionPipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """T5's states (count, TOKENS, width) and which of them count, as the pipeline has them."""
-    tokens = tokens_of(tokenizer, texts)
-    return text_encoder(tokens.input_ids, tokens.attention_mask)[0].float(), tokens.attention_mask
+    tokens = tokens_of(pipeline.tokenizer, texts)
+    return pipeline.text_encoder(tokens.input_ids, tokens.attention_mask)[0].float(), tokens.attention_mask

@@ -81,6 +81,21 @@ def covered_cells(scene: Scene, width: int, height: int, frames: range, start: f
     return torch.stack([covered(scene, width // cell, height // cell, centres[n], CLIP_HALF / cell) for n in frames])
 
 
+def clips_to_learn_from(
+    count: int, random: Random, width: int, height: int, frames: range, known: int, turned: bool, cell: int
+) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
+    """Scenes, their clips, and what the shape covers of each cell in those frames that begin a latent.
+
+    From words alone, a clip begins at the first stop of its way; where frames are known, it may begin anywhere.
+    """
+    starts = [
+        known_start(random, width, height, turned) if known else (random_moving(random), 0.0) for _ in range(count)
+    ]
+    clips = [draw_clip(scene, width, height, frames[-1] + 1, start) for scene, start in starts]
+    cells = [covered_cells(scene, width, height, frames, start, cell) for scene, start in starts]
+    return [scene for scene, _ in starts], torch.stack(clips), torch.stack(cells)
+
+
 def known_start(random: Random, width: int, height: int, turned: bool) -> tuple[Scene, float]:
     """Of a clip whose first frames will be known: it may be anywhere then, and, if `turned`, be on its way back."""
     scene = replace(random_moving(random), place=random.choice(list(PLACES)))
