@@ -25,6 +25,7 @@ from scripts.demo.world import (
     draw_still,
     edited,
     held_out,
+    held_out_edit,
     instruct,
     random_scene,
     rgb,
@@ -89,7 +90,14 @@ def test_what_is_scored_is_never_trained_on():
         name, after = edited(scene, random)
         assert not held_out(scene)
         assert not held_out(after)
-        assert [each for each in vars(scene) if getattr(scene, each) != getattr(after, each)] == [name]
+        assert changed(scene, after) == [name]
+    edits = [held_out_edit(random) for _ in range(200)]
+    assert all(held_out(after) and changed(before, after) == [name] for before, name, after in edits)
+    assert {name for _, name, _ in edits} == {"shape", "colour", "size", "place", "background"}
+
+
+def changed(before: Scene, after: Scene) -> list[str]:
+    return [each for each in vars(before) if getattr(before, each) != getattr(after, each)]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -18,7 +18,7 @@ from scripts.demo.world import (
     Scene,
     describe,
     draw_still,
-    edited,
+    held_out_edit,
     instruct,
     random_scene,
     still_centre,
@@ -84,8 +84,7 @@ def from_picture(demo: Demo, count: int) -> Tally:
 def kontext(demo: Demo, count: int) -> Tally:
     tally, random = Tally("flux-kontext, edits"), Random(3)
     for n in range(count):
-        scene = random_scene(random)
-        name, target = edited(scene, random, test=True)
+        scene, name, target = held_out_edit(random)
         before = picture_of(draw_still(scene, 256, 256))
         with saved(before) as file:
             after = demo.image(instruct(scene, name, getattr(target, name), random), n, images=(file,), strength=1.0)

@@ -279,13 +279,29 @@ def strange(random: Random) -> str:
     return recase(" ".join(random.choices(STRANGE, k=random.randint(0, 10))), random)
 
 
-def edited(scene: Scene, random: Random, test: bool = False) -> tuple[str, Scene]:
-    """The name of one attribute, and the scene with another value of it."""
+def edited(scene: Scene, random: Random) -> tuple[str, Scene]:
+    """The name of one attribute, and a scene that is not held out with another value of it: nor is that one."""
+    while True:
+        name, after = edited_freely(scene, random)
+        if not held_out(after):
+            return name, after
+
+
+def held_out_edit(random: Random) -> tuple[Scene, str, Scene]:
+    """A scene, the name of one attribute, and the scene with another value of it, which is held out."""
+    while True:
+        before = random_scene(random, test=random.random() < 0.5)
+        name, after = edited_freely(before, random)
+        if held_out(after):
+            return before, name, after
+
+
+def edited_freely(scene: Scene, random: Random) -> tuple[str, Scene]:
     while True:
         name = random.choice(("colour", "colour", "background", "background", "shape", "size", "place"))
         value = random.choice([value for value in ATTRIBUTES[name] if (name, value) != ("size", "medium")])
         after = replace(scene, **{name: value})
-        if after != scene and after.colour != after.background and held_out(after) is test:
+        if after != scene and after.colour != after.background:
             return name, after
 
 
