@@ -20,7 +20,7 @@ BATCH = 32
 SQUARE = (8, 8)
 GRIDS = ((8, 10), (10, 8), (8, 12), (12, 8), (8, 14), (14, 8), (8, 18), (18, 8))
 """Rows and columns of tokens of 32 x 32 pixels: even, so that a picture's centre is a corner of four."""
-SQUARE_POOL, POOL = 1_600, 400
+SQUARE_POOL, POOL = 1_600, 240
 """Edits kept encoded for each grid; some are drawn anew as they are used."""
 
 
@@ -76,10 +76,10 @@ def train_transformer(pipeline: FluxPipeline, steps: int, folder: Path, further:
     def loss_of(step: int) -> torch.Tensor:
         random = Random(step)
         at_first = not further and step < steps / 2
-        grid = SQUARE if at_first or random.random() < 0.3 else random.choice(GRIDS)
+        grid = SQUARE if at_first or random.random() < 0.5 else random.choice(GRIDS)
         if grid not in pools:
             pools[grid] = Pool(pipeline.vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
-        return loss(hinted, pipeline, pools[grid], random)
+        return loss(hinted, pipeline, pools[grid], random, looks=random.random() < (0.6 if further else 0.2))
 
     name, rate = ("flux_further", 3e-3) if further else ("flux", 6e-3)
     pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
@@ -152,10 +152,9 @@ def random_edit(random: Random) -> Edit:
     return Edit(before, *edited(before, random))
 
 
-def loss(hinted: Hinted, pipeline: FluxPipeline, pool: Pool, random: Random) -> torch.Tensor:
-    """Of the velocity, noise less latents, from a description or from a picture and an instruction; and the hints."""
+def loss(hinted: Hinted, pipeline: FluxPipeline, pool: Pool, random: Random, looks: bool) -> torch.Tensor:
+    """Of the velocity, noise less latents, and the hints: from a description, or from a picture and an instruction."""
     edits, before, after = pool.some(BATCH, random)
-    looks = random.random() < 0.2
     scenes = [each.after for each in edits]
     if looks:
         texts = [instruct(each.before, each.name, getattr(each.after, each.name), random) for each in edits]
