@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,17 @@ def by_httpx(house: House, base: str) -> bytes:
 def test_each_client(house: House, call: Any):
     picture = call(house, str(house.client.base_url).rstrip("/"))
     assert shows(Image.open(io.BytesIO(picture)))
+
+
+def test_the_readmes_picture_is_what_its_command_makes(house: House):
+    """But for what other processors round otherwise."""
+    readme = (PROJECT / "README.md").read_text()
+    [wish] = [json.loads(each) for each in re.findall(r"-d '(\{.*\})'", readme) if "prompt" in each]
+    assert readme.index(json.dumps(wish)) < readme.index("](docs/star.png)")
+    picture = house.picture(house.ask(GENERATE, wish).json()["imageUrl"])
+    shown = np.asarray(Image.open(PROJECT / "docs/star.png").convert("RGB")).astype(float)
+    assert np.abs(np.asarray(picture.convert("RGB")) - shown).mean() < 4
+    assert shows(shown, "star", "yellow", "blue")
 
 
 def test_an_edit_changes_what_was_asked_for(house: House):
