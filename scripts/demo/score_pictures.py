@@ -100,6 +100,8 @@ def compare(tally: Tally, before: Seen | None, after: Seen | None, target: Scene
     for name in ("background", "colour", "shape"):
         claim = f"{name}, as asked" if name == changed else f"{name} kept"
         tally.add(claim, getattr(after, name) == getattr(target, name))
+    if changed != "shape":
+        tally.add(f"shape kept, {changed} asked", after.shape == target.shape)
     if changed not in ("place", "shape", "size"):
         tally.add("place kept", float(np.hypot(after.x - before.x, after.y - before.y)) < KEPT)
         tally.add("size kept", 0.75 < after.area / before.area < 1.33)
