@@ -5,7 +5,6 @@ import argparse
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 sys.path.insert(0, str(ROOT := Path(__file__).parent.parent))
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from scripts.demo.flux import train_flux, train_flux_further
 from scripts.demo.ltx import train_ltx, train_ltx_further
@@ -40,11 +38,11 @@ def train(family: str, work: Path, out: Path) -> None:
 
 
 def train_further(family: str, steps: int, work: Path, out: Path) -> None:
-    """The transformer in `out / family`; its file of weights is replaced, and all else is as it was."""
-    transformer = FURTHER[family](out / family, steps, work).transformer
-    with tempfile.TemporaryDirectory() as folder:
-        transformer.to(torch.bfloat16).save_pretrained(folder)
-        shutil.move(Path(folder) / SAFETENSORS_WEIGHTS_NAME, out / family / "transformer" / SAFETENSORS_WEIGHTS_NAME)
+    """The transformer in `out / family` is replaced, and all else is as it was."""
+    transformer = FURTHER[family](out / family, steps, work).transformer.to(torch.bfloat16)
+    transformer.register_to_config(_name_or_path="")  # where it came from is nobody else's concern
+    shutil.rmtree(out / family / "transformer")
+    transformer.save_pretrained(out / family / "transformer")
     subprocess.run([ROOT / "scripts/sums", out], check=True)
     (work / family / f"{family}_further.pt").unlink()  # the next one begins with what was written now
 

@@ -7,13 +7,15 @@ from random import Random
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from scripts import train_demo
 from scripts.demo import flux, ltx, wan
 from scripts.demo.denoise import weights_of_some
-from scripts.demo.hints import CELLS, Hinted
+from scripts.demo.hints import CELLS, NAMED, Hinted
 from scripts.demo.moving import CLIP_HALF, clips_to_learn_from, draw_clip
+from scripts.demo.world import ATTRIBUTES, Scene
 from server.settings import PROJECT
 
 DEMO = PROJECT / "weights/demo"
@@ -84,6 +86,42 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 def sums(folder: Path) -> dict[str, str]:
     lines = (folder / "SHA256SUMS").read_text().splitlines()
     return {name: digest for digest, name in (line.split("  ") for line in lines)}
+
+
+def test_a_deeper_flux_does_the_same_until_it_learns():
+    begun = FluxTransformer2DModel.from_pretrained(DEMO / "flux/transformer", dtype=torch.float32)
+    deeper = flux.deepened(begun, len(begun.transformer_blocks) + 2)
+    assert deeper.config.num_layers == begun.config.num_layers + 2
+    torch.manual_seed(0)
+    given = {
+        "hidden_states": torch.randn(1, 64, begun.config.in_channels),
+        "encoder_hidden_states": torch.randn(1, 16, begun.config.joint_attention_dim),
+        "pooled_projections": torch.randn(1, begun.config.pooled_projection_dim),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.rand(64, 3),
+        "txt_ids": torch.zeros(16, 3),
+    }
+    with torch.no_grad():
+        assert torch.equal(deeper(**given).sample, begun(**given).sample)
+    deeper(**given).sample.square().mean().backward()
+    assert deeper.transformer_blocks[0].ff.net[2].weight.grad.abs().max() > 0
+
+
+def test_words_are_asked_for_the_names_of_what_is_drawn_where_something_is_said():
+    block = nn.Identity()
+    hinted = Hinted(nn.Sequential(block), [], 39, naming=block)
+    nn.init.eye_(hinted.asked_names.weight)
+    nn.init.zeros_(hinted.asked_names.bias)
+    scenes = [Scene(), Scene(shape="star", colour="blue")]
+    places = [sum(len(ATTRIBUTES[each]) for each in NAMED[:n]) for n in range(len(NAMED))]
+    told = torch.zeros(2, 3, 39)
+    for before, name in zip(places, NAMED, strict=True):
+        told[0, :, before + ATTRIBUTES[name].index(getattr(scenes[0], name))] = 30
+    assert hinted.naming_loss([told], scenes, torch.tensor([True, False])) < 1e-6
+    assert 0.4 < hinted.naming_loss([told], scenes, torch.tensor([True, True])) < 0.6
+    with hinted.listening_to_words() as words:
+        block((told, "of the picture"))
+    assert words == [told]
 
 
 @pytest.mark.parametrize("family", train_demo.FURTHER)

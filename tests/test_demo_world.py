@@ -12,6 +12,7 @@ from scripts.demo import moving
 from scripts.demo.moving import CLIP_HALF, SPEED, STOP, draw_clip, known_start, random_moving, track
 from scripts.demo.seen import look
 from scripts.demo.text import t5_tokenizer
+from scripts.demo.words import describe, instruct
 from scripts.demo.world import (
     DIRECTIONS,
     LATTICE,
@@ -20,13 +21,11 @@ from scripts.demo.world import (
     STILL_HALF,
     Scene,
     covered_cells,
-    describe,
     draw,
     draw_still,
     edited,
     held_out,
     held_out_edit,
-    instruct,
     random_scene,
     rgb,
     still_centre,

@@ -7,13 +7,15 @@ from random import Random
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import nn
 
 from scripts.demo.denoise import noise_shares, weights_of
 from scripts.demo.hints import CELLS, Hinted
 from scripts.demo.image_vae import train_image_vae
 from scripts.demo.learn import device, fastest, learn
 from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
-from scripts.demo.world import Scene, covered_cells, describe, draw_still, edited, instruct, random_scene, strange
+from scripts.demo.words import describe, instruct, strange
+from scripts.demo.world import Scene, covered_cells, draw_still, edited, random_scene
 
 STEPS = 16_000
 BATCH = 32
@@ -22,6 +24,9 @@ GRIDS = ((8, 10), (10, 8), (8, 12), (12, 8), (8, 14), (14, 8), (8, 18), (18, 8))
 """Rows and columns of tokens of 32 x 32 pixels: even, so that a picture's centre is a corner of four."""
 SQUARE_POOL, POOL = 1_600, 240
 """Edits kept encoded for each grid; some are drawn anew as they are used."""
+BLOCKS, NAMING = 4, 1
+"""Blocks with streams of their own for words and pictures. By the end of the second, counted from 0, the words are to
+have learned from Kontext's picture what they do not name themselves."""
 
 
 def train_flux(root: Path) -> FluxPipeline:
@@ -46,6 +51,7 @@ def train_flux(root: Path) -> FluxPipeline:
 def train_flux_further(begun: Path, steps: int, root: Path) -> FluxPipeline:
     """The pipeline that lies in `begun`, its transformer trained for so many steps more."""
     pipeline = FluxPipeline.from_pretrained(begun, dtype=torch.float32)
+    pipeline.transformer = deepened(pipeline.transformer, BLOCKS)
     return train_transformer(pipeline, steps, root / "flux", further=True)
 
 
@@ -53,7 +59,7 @@ def untrained(latent_channels: int) -> FluxTransformer2DModel:
     torch.manual_seed(14)
     return FluxTransformer2DModel(
         in_channels=4 * latent_channels,
-        num_layers=2,
+        num_layers=BLOCKS,
         num_single_layers=3,
         attention_head_dim=32,
         num_attention_heads=4,
@@ -64,13 +70,30 @@ def untrained(latent_channels: int) -> FluxTransformer2DModel:
     ).to(device())
 
 
+def deepened(transformer: FluxTransformer2DModel, count: int) -> FluxTransformer2DModel:
+    """The same function, with blocks that do nothing yet put in front of its own until it has `count`."""
+    missing = count - len(transformer.transformer_blocks)
+    torch.manual_seed(15)
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    deeper = FluxTransformer2DModel(**config | {"num_layers": count})
+    for name, weight in transformer.state_dict().items():
+        first, _, rest = name.removeprefix("transformer_blocks.").partition(".")
+        moved = f"transformer_blocks.{int(first) + missing}.{rest}" if name.startswith("transformer_blocks.") else name
+        deeper.get_parameter(moved).data.copy_(weight)
+    for block in deeper.transformer_blocks[:missing]:
+        for last in (block.attn.to_out[0], block.attn.to_add_out, block.ff.net[2], block.ff_context.net[2]):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    return deeper
+
+
 def train_transformer(pipeline: FluxPipeline, steps: int, folder: Path, further: bool = False) -> FluxPipeline:
     """The same pipeline; `further`, at a lower rate and on all that there is from the start."""
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         part.to(device()).eval().requires_grad_(False)
     transformer = pipeline.transformer.to(device())
-    blocks = (transformer.transformer_blocks[1], transformer.single_transformer_blocks[0])
-    hinted = Hinted(transformer, blocks, 128).to(device())
+    blocks = (transformer.transformer_blocks[-1], transformer.single_transformer_blocks[0])
+    hinted = Hinted(transformer, blocks, 128, naming=transformer.transformer_blocks[NAMING]).to(device())
     pools: dict[tuple[int, int], Pool] = {}
 
     def loss_of(step: int) -> torch.Tensor:
@@ -156,12 +179,15 @@ def loss(hinted: Hinted, pipeline: FluxPipeline, pool: Pool, random: Random, loo
     """Of the velocity, noise less latents, and the hints: from a description, or from a picture and an instruction."""
     edits, before, after = pool.some(BATCH, random)
     scenes = [each.after for each in edits]
+    sane = [looks or random.random() > 0.04 for _ in scenes]
     if looks:
         texts = [instruct(each.before, each.name, getattr(each.after, each.name), random) for each in edits]
     else:
         if random.random() < 0.5:
             scenes, after = [each.before for each in edits], before
-        texts = [strange(random) if random.random() < 0.04 else describe(each, random)[0] for each in scenes]
+        texts = [
+            describe(each, random)[0] if said else strange(random) for each, said in zip(scenes, sane, strict=True)
+        ]
     noise = torch.randn_like(after)
     share = noise_shares(BATCH)[:, None, None].to(after.device)
     noisy = torch.lerp(after, noise, share)
@@ -169,7 +195,7 @@ def loss(hinted: Hinted, pipeline: FluxPipeline, pool: Pool, random: Random, loo
     if looks:
         tokens, ids = torch.cat([noisy, before], dim=1), torch.cat([ids, pool.places(1)])
     embeds, pooled = embedded(pipeline, texts)
-    with hinted.listening() as heard:
+    with hinted.listening() as heard, hinted.listening_to_words() as words:
         predicted = hinted.transformer(
             hidden_states=tokens,
             timestep=share[:, 0, 0],
@@ -180,7 +206,8 @@ def loss(hinted: Hinted, pipeline: FluxPipeline, pool: Pool, random: Random, loo
             return_dict=False,
         )[0][:, : after.shape[1]]
     off = (predicted.float() - (noise - after)).square().mean(dim=-1)
-    return (off * weights_of(after)).mean() + hinted.loss(heard, pool.cells(scenes))
+    named = hinted.naming_loss(words, scenes, torch.tensor(sane, device=after.device))
+    return (off * weights_of(after)).mean() + hinted.loss(heard, pool.cells(scenes)) + named
 
 
 @torch.no_grad()

@@ -4,41 +4,65 @@ much of each part of it the shape covers.
 The loss alone asks for this only through the colours that come of it, all at once: LTX's was on a plateau for thousands
 of steps, on which no word for a direction moved anything, and left it within two hundred with these hints. Tokens with
 an edge in them, which alone tell what a shape is, weigh more.
+
+Where an instruction and a picture tell together what is to be drawn, the words' states are asked for its name: they are
+where a description would have it, so that what draws from descriptions draws from them.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from scripts.demo.denoise import weights_of_some
+from scripts.demo.world import ATTRIBUTES, Scene
 
 CELLS = 4
 """A token's side in cells."""
 WEIGHT = 0.5
 """Of the hints in the loss."""
+NAMED = ("shape", "colour", "size", "place", "background")
+"""The attributes that the words' states are asked for."""
+NAME_WEIGHT = 0.1
+"""Of those in the loss: while nothing is known of them, they come to about one."""
 
 
 class Hinted(nn.Module):
-    """A transformer, and a layer for each of the blocks that are asked. Only the transformer is for use afterwards."""
+    """A transformer, and a layer for each of the blocks that are asked. Only the transformer is for use afterwards.
 
-    def __init__(self, transformer: nn.Module, blocks: Sequence[nn.Module], width: int) -> None:
+    `naming` is a block of Flux's, if one is to be asked for names.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, blocks: Sequence[nn.Module], width: int, naming: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.transformer = transformer
         self.asked = nn.ModuleList(nn.Linear(width, 2 + CELLS**2) for _ in blocks)
         self.names = [name for name, module in transformer.named_modules() if any(module is block for block in blocks)]
+        if naming is not None:
+            self.asked_names = nn.Linear(width, sum(len(ATTRIBUTES[name]) for name in NAMED))
+            self.naming = next(name for name, module in transformer.named_modules() if module is naming)
+
+    def listening(self) -> AbstractContextManager[list[torch.Tensor]]:
+        """While inside, the blocks' outputs for pictures, (batch, tokens, width) each, are put into the list."""
+        return self.outputs(self.names, lambda output: output[1] if isinstance(output, tuple) else output)
+
+    def listening_to_words(self) -> AbstractContextManager[list[torch.Tensor]]:
+        """While inside, the naming block's output for the prompt, (batch, tokens, width), is put into the list."""
+        return self.outputs([self.naming], lambda output: output[0])
 
     @contextmanager
-    def listening(self) -> Iterator[list[torch.Tensor]]:
-        """While inside, the blocks' outputs for pictures, (batch, tokens, width) each, are put into the list."""
+    def outputs(self, names: list[str], of: Callable[[Any], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         heard: list[torch.Tensor] = []
         hooks = [
             self.transformer.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output: heard.append(output[1] if isinstance(output, tuple) else output)
+                lambda module, inputs, output: heard.append(of(output))
             )
-            for name in self.names
+            for name in names
         ]
         try:
             yield heard
@@ -62,3 +86,16 @@ class Hinted(nn.Module):
             off = functional.binary_cross_entropy_with_logits(told[..., 2:], answer, reduction="none").mean(dim=-1)
             total = total + (off * weights_of_some(answer.amax(dim=-1) - answer.amin(dim=-1) > 0.1)).mean()
         return WEIGHT * total
+
+    def naming_loss(self, heard: list[torch.Tensor], scenes: Sequence[Scene], said: torch.Tensor) -> torch.Tensor:
+        """How far the words are from naming what is drawn; only of those scenes, (batch,), of which something is said.
+
+        A description that leaves something out means what is usual: medium, in the center, on white.
+        """
+        (states,) = heard
+        logits = self.asked_names(states.mean(dim=1)).float()
+        total = torch.zeros((), device=logits.device)
+        for name, told in zip(NAMED, logits.split([len(ATTRIBUTES[name]) for name in NAMED], dim=1), strict=True):
+            answer = torch.tensor([ATTRIBUTES[name].index(getattr(each, name)) for each in scenes], device=told.device)
+            total = total + functional.cross_entropy(told[said], answer[said])
+        return NAME_WEIGHT * total

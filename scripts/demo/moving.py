@@ -10,18 +10,8 @@ from random import Random
 
 import torch
 
-from scripts.demo.world import (
-    DIRECTIONS,
-    PLACES,
-    SIZES,
-    Scene,
-    covered,
-    describe,
-    draw,
-    random_scene,
-    still_centre,
-    strange,
-)
+from scripts.demo.words import describe, strange
+from scripts.demo.world import DIRECTIONS, PLACES, SIZES, Scene, covered, draw, random_scene, still_centre
 
 CLIP_HALF, STOP = 64, 16
 """Pixels: the unit of length in clips, and a quarter of it, from one place of the lattice to the next."""

@@ -14,7 +14,8 @@ from pipelines.residency import Residency
 from scripts.demo.moving import draw_clip, random_moving
 from scripts.demo.seen import Seen, look
 from scripts.demo.trial import KEPT, PROMPTS, Demo, Tally, picture_of, saved
-from scripts.demo.world import DIRECTIONS, Scene, describe
+from scripts.demo.words import describe
+from scripts.demo.world import DIRECTIONS, Scene
 
 
 def score_video(name: str, count: int = PROMPTS) -> Iterable[Tally]:

@@ -10,16 +10,15 @@ import numpy as np
 from pipelines.residency import Residency
 from scripts.demo.seen import Seen, look
 from scripts.demo.trial import KEPT, PROMPTS, Demo, Tally, picture_of, saved
+from scripts.demo.words import describe, instruct
 from scripts.demo.world import (
     COLOURS,
     PLACES,
     SIZES,
     STILL_HALF,
     Scene,
-    describe,
     draw_still,
     held_out_edit,
-    instruct,
     random_scene,
     still_centre,
 )

@@ -21,18 +21,8 @@ from transformers import (
 )
 
 from scripts.demo.learn import device, learn
-from scripts.demo.world import (
-    ATTRIBUTES,
-    DIRECTIONS,
-    STRANGE,
-    Said,
-    describe,
-    edited,
-    instruct,
-    random_scene,
-    strange,
-    vocabulary,
-)
+from scripts.demo.words import STRANGE, Said, describe, instruct, strange, vocabulary
+from scripts.demo.world import ATTRIBUTES, DIRECTIONS, edited, random_scene
 
 TOKENS = 32
 """Of a prompt; more are cut off."""
