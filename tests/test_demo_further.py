@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
 
 from scripts import train_demo
@@ -105,6 +105,25 @@ def test_a_deeper_flux_does_the_same_until_it_learns():
         assert torch.equal(deeper(**given).sample, begun(**given).sample)
     deeper(**given).sample.square().mean().backward()
     assert deeper.transformer_blocks[0].ff.net[2].weight.grad.abs().max() > 0
+
+
+def test_edits_are_learned_from_both_ways_round():
+    vae = AutoencoderKL.from_pretrained(DEMO / "flux/vae", dtype=torch.float32)
+    pool, random = flux.Pool(vae, (2, 2), 6, Random(0)), Random(1)
+    pool.edits[:2] = [
+        flux.Edit(Scene(), "size", Scene(size="small")),
+        flux.Edit(Scene(), "colour", Scene(colour="blue")),
+    ]
+    pool.before, pool.after = pool.encoded(pool.edits)
+    kept = list(pool.edits)
+    seen = set()
+    for _ in range(8):
+        edits, before, after = pool.some(6, random)
+        for picture, scenes in ((before, [each.before for each in edits]), (after, [each.after for each in edits])):
+            torch.testing.assert_close(picture, pool.encode(scenes), atol=1e-3, rtol=1e-3)
+        seen |= set(edits)
+    assert {kept[1], kept[1].turned()} <= seen
+    assert kept[0].turned() not in seen, "no words ask for something medium"
 
 
 def test_words_are_asked_for_the_names_of_what_is_drawn_where_something_is_said():

@@ -22,8 +22,8 @@ BATCH = 32
 SQUARE = (8, 8)
 GRIDS = ((8, 10), (10, 8), (8, 12), (12, 8), (8, 14), (14, 8), (8, 18), (18, 8))
 """Rows and columns of tokens of 32 x 32 pixels: even, so that a picture's centre is a corner of four."""
-SQUARE_POOL, POOL = 1_600, 240
-"""Edits kept encoded for each grid; some are drawn anew as they are used."""
+SQUARE_POOL, POOL = 3_000, 240
+"""Edits kept encoded for each grid; some are drawn anew as they are used, and they are turned around, too."""
 BLOCKS, NAMING = 4, 1
 """Blocks with streams of their own for words and pictures. By the end of the second, counted from 0, the words are to
 have learned from Kontext's picture what they do not name themselves."""
@@ -99,10 +99,10 @@ def train_transformer(pipeline: FluxPipeline, steps: int, folder: Path, further:
     def loss_of(step: int) -> torch.Tensor:
         random = Random(step)
         at_first = not further and step < steps / 2
-        grid = SQUARE if at_first or random.random() < 0.5 else random.choice(GRIDS)
+        grid = SQUARE if at_first or random.random() < (0.7 if further else 0.5) else random.choice(GRIDS)
         if grid not in pools:
             pools[grid] = Pool(pipeline.vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
-        return loss(hinted, pipeline, pools[grid], random, looks=random.random() < (0.6 if further else 0.2))
+        return loss(hinted, pipeline, pools[grid], random, looks=random.random() < (0.7 if further else 0.2))
 
     name, rate = ("flux_further", 3e-3) if further else ("flux", 6e-3)
     pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
@@ -116,6 +116,14 @@ class Edit:
     before: Scene
     name: str
     after: Scene
+
+    @property
+    def can_turn(self) -> bool:
+        """No words ask for something medium."""
+        return self.name != "size" or self.before.size != "medium"
+
+    def turned(self) -> "Edit":
+        return Edit(self.after, self.name, self.before)
 
 
 class Pool:
@@ -149,7 +157,11 @@ class Pool:
             self.edits[at] = random_edit(random)
             self.before[at : at + 1], self.after[at : at + 1] = self.encoded(self.edits[at : at + 1])
         chosen = random.sample(range(len(self.edits)), count)
-        return [self.edits[n] for n in chosen], self.before[chosen], self.after[chosen]
+        edits, before, after = [self.edits[n] for n in chosen], self.before[chosen], self.after[chosen]
+        turned = torch.tensor([random.random() < 0.5 and each.can_turn for each in edits], device=device())
+        edits = [each.turned() if turn else each for each, turn in zip(edits, turned, strict=True)]
+        turned = turned[:, None, None]
+        return edits, torch.where(turned, after, before), torch.where(turned, before, after)
 
     def cells(self, scenes: list[Scene]) -> torch.Tensor:
         """(count, 1, rows x CELLS, columns x CELLS): what the shape covers of each."""
