@@ -104,7 +104,7 @@ def train_transformer(pipeline: FluxPipeline, steps: int, folder: Path, further:
             pools[grid] = Pool(pipeline.vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
         return loss(hinted, pipeline, pools[grid], random, looks=random.random() < (0.7 if further else 0.2))
 
-    name, rate = ("flux_further", 3e-3) if further else ("flux", 6e-3)
+    name, rate = ("flux_further", 4e-3) if further else ("flux", 6e-3)
     pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
     return pipeline
 

@@ -26,8 +26,8 @@ WEIGHT = 0.5
 """Of the hints in the loss."""
 NAMED = ("shape", "colour", "size", "place", "background")
 """The attributes that the words' states are asked for."""
-NAME_WEIGHT = 0.1
-"""Of those in the loss: while nothing is known of them, they come to about one."""
+NAME_WEIGHT = 0.25
+"""Of those in the loss: while nothing is known of them, they come to about two and a half."""
 
 
 class Hinted(nn.Module):

@@ -91,7 +91,7 @@ def train_transformer(
             pools[kind] = Pool(pipeline.vae, *kind, random)
         return loss(hinted, pipeline, pools[kind], random)
 
-    name, rate = ("ltx_further", 3e-3) if further else ("ltx", 6e-3)
+    name, rate = ("ltx_further", 5e-3) if further else ("ltx", 6e-3)
     pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
     return pipeline
 
@@ -99,10 +99,10 @@ def train_transformer(
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
     """What a batch is of, and how many of its latent frames are known: at first, single frames, then one shape."""
     chance = random.random()
-    if done < 0.15 or chance < 0.45:
+    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.25):
         return STILL, 0
-    if chance < 0.8 or done < 0.4:
-        return CLIP, int(chance > 0.72)
+    if chance < 0.78 or done < 0.4:
+        return CLIP, int(chance > 0.66)
     shape = random.choice(SHAPES)
     return shape, random.choice((0, 0, 1, CONTEXT, CONTEXT)) if shape[0] > CONTEXT + 1 else random.choice((0, 0, 1))
 

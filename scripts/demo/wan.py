@@ -84,7 +84,7 @@ def train_transformer(pipeline: WanVACEPipeline, steps: int, folder: Path, furth
             pools[kind] = Pool(pipeline.vae, *kind, random)
         return loss(hinted, pipeline, pools[kind], random)
 
-    name, rate = ("wan_further", 3e-3) if further else ("wan", 6e-3)
+    name, rate = ("wan_further", 5e-3) if further else ("wan", 6e-3)
     pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
     return pipeline
 
@@ -92,9 +92,9 @@ def train_transformer(pipeline: WanVACEPipeline, steps: int, folder: Path, furth
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
     """What a batch is of, and how many of its frames are known: at first, single frames, then clips of one shape."""
     chance = random.random()
-    if done < 0.15 or chance < 0.45:
+    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.25):
         return STILL, 0
-    if chance < 0.8 or done < 0.4:
+    if chance < 0.78 or done < 0.4:
         return CLIP, int(chance > 0.66)
     shape = random.choice(SHAPES)
     return shape, random.choice((0, 1, CONTEXT, CONTEXT) if shape[0] > CLIP[0] else (0, 0, 1))
