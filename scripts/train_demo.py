@@ -2,6 +2,7 @@
 """Train the demo weights, or score them with --score: .venv/bin/python scripts/train_demo.py [FAMILY ...]."""
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -40,9 +41,12 @@ def train(family: str, work: Path, out: Path) -> None:
 def train_further(family: str, steps: int, work: Path, out: Path) -> None:
     """The transformer in `out / family` is replaced, and all else is as it was."""
     transformer = FURTHER[family](out / family, steps, work).transformer.to(torch.bfloat16)
-    transformer.register_to_config(_name_or_path="")  # where it came from is nobody else's concern
-    shutil.rmtree(out / family / "transformer")
-    transformer.save_pretrained(out / family / "transformer")
+    folder = out / family / "transformer"
+    shutil.rmtree(folder)
+    transformer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)  # where it came from is nobody else's concern
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     subprocess.run([ROOT / "scripts/sums", out], check=True)
     (work / family / f"{family}_further.pt").unlink()  # the next one begins with what was written now
 
