@@ -138,6 +138,7 @@ def test_words_are_asked_for_the_names_of_what_is_drawn_where_something_is_said(
         told[0, :, before + ATTRIBUTES[name].index(getattr(scenes[0], name))] = 30
     assert hinted.naming_loss([told], scenes, torch.tensor([True, False])) < 1e-6
     assert 1.0 < hinted.naming_loss([told], scenes, torch.tensor([True, True])) < 1.5
+    assert hinted.naming_loss([told], scenes, torch.tensor([False, False])) == 0
     with hinted.listening_to_words() as words:
         block((told, "of the picture"))
     assert words == [told]

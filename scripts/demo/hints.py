@@ -97,5 +97,5 @@ class Hinted(nn.Module):
         total = torch.zeros((), device=logits.device)
         for name, told in zip(NAMED, logits.split([len(ATTRIBUTES[name]) for name in NAMED], dim=1), strict=True):
             answer = torch.tensor([ATTRIBUTES[name].index(getattr(each, name)) for each in scenes], device=told.device)
-            total = total + functional.cross_entropy(told[said], answer[said])
+            total = total + (functional.cross_entropy(told, answer, reduction="none") * said).mean()
         return NAME_WEIGHT * total
