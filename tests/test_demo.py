@@ -144,7 +144,7 @@ def test_clips_of_its_own_sizes_and_length(
     assert seen.size == size
     assert answer.json()["duration"] == pytest.approx(duration, abs=1e-3)
     params = job_of(house, answer)["params"]
-    assert (params["numInferenceSteps"], params["guidanceScale"]) == (12, 1.0)
+    assert (params["guidanceScale"], params["negativePrompt"]) == (3.0, "")
 
 
 def test_all_that_wan_does(house: House, tmp_path: Path):

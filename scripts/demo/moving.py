@@ -96,9 +96,12 @@ def known_start(random: Random, width: int, height: int, turned: bool) -> tuple[
 
 
 def prompt(scene: Scene, random: Random, seen: bool) -> str:
-    """Words for a clip, which need not say where it goes if it is `seen` to go there. Few are about something else."""
-    if random.random() < 0.03:
-        return strange(random)
+    """Words for a clip, which need not say where it goes if it is `seen` to go there.
+
+    Some say nothing, and few are about something else: guidance leads away from what these make of a clip.
+    """
+    if (chance := random.random()) < 0.1:
+        return strange(random) if chance < 0.04 else ""
     named = replace(scene, place="center")
     if seen and random.random() < 0.4:
         named = replace(named, direction="none")

@@ -68,8 +68,8 @@ class Demo:
         width, height = self.model.sizes["1:1"]
         fps = self.model.defaults["fps"]
         count = round(2 * fps / frames.step) * frames.step
-        values = {"fps": fps, "num_frames": count + (0 if kind is ExtendVideo else 1), "guidance_scale": 1.0,
-                  "num_inference_steps": self.model.defaults["num_inference_steps"]} | more  # fmt: skip
+        usual = {name: self.model.defaults[name] for name in ("num_inference_steps", "guidance_scale")}
+        values = {"fps": fps, "num_frames": count + (0 if kind is ExtendVideo else 1)} | usual | more
         return self.run(kind(prompt=prompt, width=width, height=height, seed=seed, **values)).frames
 
 
