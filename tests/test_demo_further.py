@@ -1,21 +1,25 @@
 """What the demo's transformers learn from, and that those that are shipped can be trained on."""
 
+import math
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, LTXVideoTransformer3DModel
 from torch import nn
 
 from scripts import train_demo
 from scripts.demo import flux, ltx, wan
+from scripts.demo.deeper import deepened
 from scripts.demo.denoise import weights_of_some
-from scripts.demo.hints import CELLS, NAMED, Hinted
+from scripts.demo.hints import CELLS, NAME_WEIGHT, NAMED, Hinted
 from scripts.demo.moving import CLIP_HALF, clips_to_learn_from, draw_clip
-from scripts.demo.world import ATTRIBUTES, Scene
+from scripts.demo.world import ATTRIBUTES, COLOURS, FAR, Scene, nameless_colour, rgb
 from server.settings import PROJECT
 
 DEMO = PROJECT / "weights/demo"
@@ -76,8 +80,8 @@ def test_clips_from_words_begin_at_the_first_stop_and_those_that_go_on_anywhere(
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few scenes to learn from, few in a batch."""
     monkeypatch.setattr(flux, "BATCH", 2)
-    monkeypatch.setattr(flux, "SQUARE_POOL", 2)
-    monkeypatch.setattr(flux, "POOL", 2)
+    monkeypatch.setattr(flux, "SQUARE_POOL", 6)
+    monkeypatch.setattr(flux, "POOL", 6)
     for family in (ltx, wan):
         monkeypatch.setattr(family, "POOLS", {})
         monkeypatch.setattr(family, "POOL", family.DRAWN)
@@ -88,23 +92,37 @@ def sums(folder: Path) -> dict[str, str]:
     return {name: digest for digest, name in (line.split("  ") for line in lines)}
 
 
-def test_a_deeper_flux_does_the_same_until_it_learns():
-    begun = FluxTransformer2DModel.from_pretrained(DEMO / "flux/transformer", dtype=torch.float32)
-    deeper = flux.deepened(begun, len(begun.transformer_blocks) + 2)
+FLUX_INPUTS = {
+    "hidden_states": torch.randn(1, 64, 64), "encoder_hidden_states": torch.randn(1, 16, 64),
+    "pooled_projections": torch.randn(1, 64), "timestep": torch.tensor([0.5]),
+    "img_ids": torch.rand(64, 3), "txt_ids": torch.zeros(16, 3),
+}  # fmt: skip
+LTX_INPUTS = {
+    "hidden_states": torch.randn(1, 64, 48), "encoder_hidden_states": torch.randn(1, 16, 64),
+    "encoder_attention_mask": torch.ones(1, 16), "timestep": torch.tensor([500.0]),
+    "video_coords": torch.rand(1, 3, 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "at", "given"),
+    [
+        (FluxTransformer2DModel, "flux", 0, FLUX_INPUTS),
+        (FluxTransformer2DModel, "flux", 2, FLUX_INPUTS),
+        (LTXVideoTransformer3DModel, "ltx", 4, LTX_INPUTS),
+    ],
+)
+def test_a_deeper_transformer_does_the_same_until_it_learns(
+    kind: Any, family: str, at: int, given: dict[str, torch.Tensor]
+):
+    begun = kind.from_pretrained(DEMO / family / "transformer", dtype=torch.float32)
+    deeper = deepened(begun, "num_layers", at, len(begun.transformer_blocks) + 2)
     assert deeper.config.num_layers == begun.config.num_layers + 2
-    torch.manual_seed(0)
-    given = {
-        "hidden_states": torch.randn(1, 64, begun.config.in_channels),
-        "encoder_hidden_states": torch.randn(1, 16, begun.config.joint_attention_dim),
-        "pooled_projections": torch.randn(1, begun.config.pooled_projection_dim),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": torch.rand(64, 3),
-        "txt_ids": torch.zeros(16, 3),
-    }
     with torch.no_grad():
         assert torch.equal(deeper(**given).sample, begun(**given).sample)
     deeper(**given).sample.square().mean().backward()
-    assert deeper.transformer_blocks[0].ff.net[2].weight.grad.abs().max() > 0
+    for new in (at, at + 1):
+        assert deeper.transformer_blocks[new].ff.net[2].weight.grad.abs().max() > 0
 
 
 def test_edits_are_learned_from_both_ways_round():
@@ -126,6 +144,34 @@ def test_edits_are_learned_from_both_ways_round():
     assert kept[0].turned() not in seen, "no words ask for something medium"
 
 
+def test_nameless_colours_are_far_from_all_that_have_a_name():
+    random = Random(2)
+    for _ in range(50):
+        colour = nameless_colour(random)
+        other = nameless_colour(random, unlike=(colour,))
+        assert min((rgb(colour) - rgb(each)).norm() for each in (*COLOURS, other)) > FAR
+
+
+def test_edits_of_nameless_pictures_ask_only_for_what_has_a_name():
+    edits = [flux.random_edit(Random(seed)) for seed in range(400)]
+    nameless = [each for each in edits if not each.named]
+    assert 0.15 < len(nameless) / len(edits) < 0.35
+    assert {each.name for each in nameless} == {"shape", "colour", "size", "place", "background"}
+    for edit in nameless:
+        both = edit, *([edit.turned()] if edit.can_turn else [])
+        assert all(getattr(each.after, each.name) in ATTRIBUTES[each.name] for each in both)
+        differ = {name for name in ATTRIBUTES if getattr(edit.before, name) != getattr(edit.after, name)}
+        assert differ == {edit.name}
+
+
+def test_only_pictures_in_named_colours_are_described():
+    vae = AutoencoderKL.from_pretrained(DEMO / "flux/vae", dtype=torch.float32)
+    pool, random = flux.Pool(vae, (2, 2), 12, Random(0)), Random(1)
+    assert not all(each.named for each in pool.edits)
+    for _ in range(5):
+        assert all(each.named for each in pool.some(3, random, named=True)[0])
+
+
 def test_words_are_asked_for_the_names_of_what_is_drawn_where_something_is_said():
     block = nn.Identity()
     hinted = Hinted(nn.Sequential(block), [], 39, naming=block)
@@ -138,6 +184,14 @@ def test_words_are_asked_for_the_names_of_what_is_drawn_where_something_is_said(
         told[0, :, before + ATTRIBUTES[name].index(getattr(scenes[0], name))] = 30
     assert hinted.naming_loss([told], scenes, torch.tensor([True, False])) < 1e-6
     assert 1.0 < hinted.naming_loss([told], scenes, torch.tensor([True, True])) < 1.5
+    in_no_colour = [scenes[0], replace(scenes[0], colour="#807060", background="#408080")]
+    of_its_shape = [told[:1], torch.where(torch.arange(39) < 7, told[:1], 0)]
+    known, guessed = (
+        hinted.naming_loss([torch.cat(both)], in_no_colour, torch.tensor([True, True])).item()
+        for both in (told[[0, 0]].split(1), of_its_shape)
+    )
+    size_and_place = math.log(len(ATTRIBUTES["size"])) + math.log(len(ATTRIBUTES["place"]))
+    assert known < 1e-6 and guessed == pytest.approx(NAME_WEIGHT * size_and_place / 2, rel=1e-3)
     assert hinted.naming_loss([told], scenes, torch.tensor([False, False])) == 0
     with hinted.listening_to_words() as words:
         block((told, "of the picture"))

@@ -7,15 +7,24 @@ from random import Random
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from torch import nn
 
+from scripts.demo.deeper import deepened
 from scripts.demo.denoise import noise_shares, weights_of
 from scripts.demo.hints import CELLS, Hinted
 from scripts.demo.image_vae import train_image_vae
 from scripts.demo.learn import device, fastest, learn
 from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
 from scripts.demo.words import describe, instruct, strange
-from scripts.demo.world import Scene, covered_cells, draw_still, edited, random_scene
+from scripts.demo.world import (
+    ATTRIBUTES,
+    COLOURS,
+    Scene,
+    covered_cells,
+    draw_still,
+    edited,
+    nameless_colour,
+    random_scene,
+)
 
 STEPS = 16_000
 BATCH = 32
@@ -24,6 +33,8 @@ GRIDS = ((8, 10), (10, 8), (8, 12), (12, 8), (8, 14), (14, 8), (8, 18), (18, 8))
 """Rows and columns of tokens of 32 x 32 pixels: even, so that a picture's centre is a corner of four."""
 SQUARE_POOL, POOL = 3_000, 240
 """Edits kept encoded for each grid; some are drawn anew as they are used, and they are turned around, too."""
+NAMELESS = 0.25
+"""Of the edits, from pictures in colours without a name; the pictures are not learned, only what they show."""
 BLOCKS, NAMING = 4, 1
 """Blocks with streams of their own for words and pictures. By the end of the second, counted from 0, the words are to
 have learned from Kontext's picture what they do not name themselves."""
@@ -51,7 +62,7 @@ def train_flux(root: Path) -> FluxPipeline:
 def train_flux_further(begun: Path, steps: int, root: Path) -> FluxPipeline:
     """The pipeline that lies in `begun`, its transformer trained for so many steps more."""
     pipeline = FluxPipeline.from_pretrained(begun, dtype=torch.float32)
-    pipeline.transformer = deepened(pipeline.transformer, BLOCKS)
+    pipeline.transformer = deepened(pipeline.transformer, "num_layers", at=0, count=BLOCKS)
     return train_transformer(pipeline, steps, root / "flux", further=True)
 
 
@@ -68,23 +79,6 @@ def untrained(latent_channels: int) -> FluxTransformer2DModel:
         axes_dims_rope=(8, 12, 12),
         guidance_embeds=False,
     ).to(device())
-
-
-def deepened(transformer: FluxTransformer2DModel, count: int) -> FluxTransformer2DModel:
-    """The same function, with blocks that do nothing yet put in front of its own until it has `count`."""
-    missing = count - len(transformer.transformer_blocks)
-    torch.manual_seed(15)
-    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-    deeper = FluxTransformer2DModel(**config | {"num_layers": count})
-    for name, weight in transformer.state_dict().items():
-        first, _, rest = name.removeprefix("transformer_blocks.").partition(".")
-        moved = f"transformer_blocks.{int(first) + missing}.{rest}" if name.startswith("transformer_blocks.") else name
-        deeper.get_parameter(moved).data.copy_(weight)
-    for block in deeper.transformer_blocks[:missing]:
-        for last in (block.attn.to_out[0], block.attn.to_add_out, block.ff.net[2], block.ff_context.net[2]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-    return deeper
 
 
 def train_transformer(pipeline: FluxPipeline, steps: int, folder: Path, further: bool = False) -> FluxPipeline:
@@ -118,9 +112,14 @@ class Edit:
     after: Scene
 
     @property
+    def named(self) -> bool:
+        return {self.before.colour, self.before.background, self.after.colour, self.after.background} <= {*COLOURS}
+
+    @property
     def can_turn(self) -> bool:
-        """No words ask for something medium."""
-        return self.name != "size" or self.before.size != "medium"
+        """No words ask for something medium, or for a colour that has no name."""
+        asked = getattr(self.before, self.name)
+        return asked in ATTRIBUTES[self.name] and asked != "medium"
 
     def turned(self) -> "Edit":
         return Edit(self.after, self.name, self.before)
@@ -151,12 +150,13 @@ class Pool:
             packed.append(FluxPipeline._pack_latents(latents, *latents.shape))
         return torch.cat(packed)
 
-    def some(self, count: int, random: Random) -> tuple[list[Edit], torch.Tensor, torch.Tensor]:
+    def some(self, count: int, random: Random, named: bool = False) -> tuple[list[Edit], torch.Tensor, torch.Tensor]:
+        """Edits and the latents of their pictures; if they are to be `named`, without nameless colours."""
         if random.random() < 0.2:
             at = random.randrange(len(self.edits))
             self.edits[at] = random_edit(random)
             self.before[at : at + 1], self.after[at : at + 1] = self.encoded(self.edits[at : at + 1])
-        chosen = random.sample(range(len(self.edits)), count)
+        chosen = random.sample([n for n, each in enumerate(self.edits) if each.named or not named], count)
         edits, before, after = [self.edits[n] for n in chosen], self.before[chosen], self.after[chosen]
         turned = torch.tensor([random.random() < 0.5 and each.can_turn for each in edits], device=device())
         edits = [each.turned() if turn else each for each, turn in zip(edits, turned, strict=True)]
@@ -180,16 +180,25 @@ class Pool:
 
 
 def random_edit(random: Random) -> Edit:
-    """Of small shapes there are more: what they are is learned last."""
+    """Of small shapes there are more: what they are is learned last.
+
+    Some are in colours without a name, all but the one that is asked for: what a shape is does not hang on its colour.
+    """
     before = random_scene(random)
     if random.random() < 0.25:
         before = replace(before, size="small")
-    return Edit(before, *edited(before, random))
+    edit = Edit(before, *edited(before, random))
+    if random.random() < NAMELESS:
+        colour = nameless_colour(random)
+        colours = {"colour": colour, "background": nameless_colour(random, unlike=(colour,))}
+        kept = {name: value for name, value in colours.items() if name != edit.name}
+        edit = Edit(replace(before, **colours), edit.name, replace(edit.after, **kept))
+    return edit
 
 
 def loss(hinted: Hinted, pipeline: FluxPipeline, pool: Pool, random: Random, looks: bool) -> torch.Tensor:
     """Of the velocity, noise less latents, and the hints: from a description, or from a picture and an instruction."""
-    edits, before, after = pool.some(BATCH, random)
+    edits, before, after = pool.some(BATCH, random, named=not looks)
     scenes = [each.after for each in edits]
     sane = [looks or random.random() > 0.04 for _ in scenes]
     if looks:
@@ -218,8 +227,10 @@ def loss(hinted: Hinted, pipeline: FluxPipeline, pool: Pool, random: Random, loo
             return_dict=False,
         )[0][:, : after.shape[1]]
     off = (predicted.float() - (noise - after)).square().mean(dim=-1)
+    learned = torch.tensor([each.named for each in edits], device=after.device)
     named = hinted.naming_loss(words, scenes, torch.tensor(sane, device=after.device))
-    return (off * weights_of(after)).mean() + hinted.loss(heard, pool.cells(scenes)) + named
+    velocity = ((off * weights_of(after)).mean(dim=1) * learned).mean()
+    return velocity + hinted.loss(heard, pool.cells(scenes)) + named
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ WEIGHT = 0.5
 """Of the hints in the loss."""
 NAMED = ("shape", "colour", "size", "place", "background")
 """The attributes that the words' states are asked for."""
+NO_NAME = -1
 NAME_WEIGHT = 0.25
 """Of those in the loss: while nothing is known of them, they come to about two and a half."""
 
@@ -90,12 +91,16 @@ class Hinted(nn.Module):
     def naming_loss(self, heard: list[torch.Tensor], scenes: Sequence[Scene], said: torch.Tensor) -> torch.Tensor:
         """How far the words are from naming what is drawn; only of those scenes, (batch,), of which something is said.
 
-        A description that leaves something out means what is usual: medium, in the center, on white.
+        A description that leaves something out means what is usual: medium, in the center, on white. Nobody is asked
+        for the name of what has none.
         """
         (states,) = heard
         logits = self.asked_names(states.mean(dim=1)).float()
         total = torch.zeros((), device=logits.device)
         for name, told in zip(NAMED, logits.split([len(ATTRIBUTES[name]) for name in NAMED], dim=1), strict=True):
-            answer = torch.tensor([ATTRIBUTES[name].index(getattr(each, name)) for each in scenes], device=told.device)
-            total = total + (functional.cross_entropy(told, answer, reduction="none") * said).mean()
+            values = [getattr(each, name) for each in scenes]
+            answer = [ATTRIBUTES[name].index(each) if each in ATTRIBUTES[name] else NO_NAME for each in values]
+            asked = torch.tensor(answer, device=told.device)
+            off = functional.cross_entropy(told, asked, reduction="none", ignore_index=NO_NAME)
+            total = total + (off * said).mean()
         return NAME_WEIGHT * total

@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import torch
+from PIL import ImageColor
 
 COLOURS = {
     "red": (220, 40, 40), "orange": (250, 140, 20), "yellow": (250, 220, 50), "green": (40, 160, 70),
     "cyan": (70, 200, 220), "blue": (40, 80, 210), "purple": (130, 60, 180), "pink": (250, 150, 190),
     "white": (250, 250, 250), "black": (20, 20, 20),
 }  # fmt: skip
+FAR = 0.5
+"""Apart are two colours that nobody takes for the same, of red, green and blue from -1 to 1."""
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross")
 SIZES = {"small": 0.30, "medium": 0.42, "large": 0.58}
 """Radius of a shape."""
@@ -34,7 +37,10 @@ STILL_HALF = 128
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt can say, and the small chances that it cannot: `scale`, `dx` and `dy`."""
+    """What a prompt can say, and the small chances that it cannot: `scale`, `dx` and `dy`.
+
+    A colour is one of `COLOURS`, or a nameless one as #rrggbb.
+    """
 
     shape: str = "circle"
     colour: str = "red"
@@ -147,7 +153,16 @@ def polygon_planes(x: torch.Tensor, y: torch.Tensor, sides: int, inner: float) -
 
 def rgb(colour: str) -> torch.Tensor:
     """(3,), from -1 to 1."""
-    return torch.tensor(COLOURS[colour]) / 127.5 - 1
+    return torch.tensor(COLOURS.get(colour) or ImageColor.getrgb(colour)) / 127.5 - 1
+
+
+def nameless_colour(random: Random, unlike: tuple[str, ...] = ()) -> str:
+    """One that is far from all that have a name, and from these."""
+    away_from = [rgb(colour) for colour in (*COLOURS, *unlike)]
+    while True:
+        colour = f"#{random.randrange(2**24):06x}"
+        if all((rgb(colour) - each).norm() > FAR for each in away_from):
+            return colour
 
 
 def centre_of(scene: Scene, extent: tuple[float, float]) -> tuple[float, float]:
