@@ -12,7 +12,7 @@ from scripts.demo.deeper import deepened
 from scripts.demo.denoise import noise_shares, weights_of
 from scripts.demo.hints import CELLS, Hinted
 from scripts.demo.image_vae import train_image_vae
-from scripts.demo.learn import device, fastest, learn
+from scripts.demo.learn import FURTHER_RATE, device, fastest, learn
 from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
 from scripts.demo.words import describe, instruct, strange
 from scripts.demo.world import (
@@ -98,7 +98,7 @@ def train_transformer(pipeline: FluxPipeline, steps: int, folder: Path, further:
             pools[grid] = Pool(pipeline.vae, grid, SQUARE_POOL if grid == SQUARE else POOL, random)
         return loss(hinted, pipeline, pools[grid], random, looks=random.random() < (0.7 if further else 0.2))
 
-    name, rate = ("flux_further", 4e-3) if further else ("flux", 6e-3)
+    name, rate = ("flux_further", FURTHER_RATE) if further else ("flux", 6e-3)
     pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
     return pipeline
 

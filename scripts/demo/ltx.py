@@ -12,15 +12,17 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 
+from scripts.demo.deeper import deepened
 from scripts.demo.denoise import noise_shares, weights_of
 from scripts.demo.hints import CELLS, Hinted
-from scripts.demo.learn import device, fastest, learn
+from scripts.demo.learn import FURTHER_RATE, device, fastest, learn
 from scripts.demo.moving import clips_to_learn_from, prompt
 from scripts.demo.text import VIDEO_STEPS, WIDTH, tokens_of, train_t5
 from scripts.demo.video_vae import train_ltx_vae
 from scripts.demo.world import Scene
 
 STEPS = 3_500
+BLOCKS = 6
 TOKENS = 4_096
 """In a batch, at most: of small clips there are more, up to 40."""
 FPS = (12, 12, 12, 24, 25, 30)
@@ -32,7 +34,7 @@ STILL, CLIP = (1, 8, 8), (4, 8, 8)
 SHAPES = (
     (6, 8, 8), (6, 8, 8), (8, 8, 8), (10, 8, 8), (4, 8, 14), (4, 14, 8), (4, 8, 12), (4, 12, 8), (4, 8, 10), (4, 10, 8),
 )  # fmt: skip
-POOLS, POOL = {(STILL, 0): 1_600, (CLIP, 0): 800, (CLIP, 1): 240}, 32
+POOLS, POOL = {(STILL, 0): 1_600, (CLIP, 0): 800, (CLIP, 1): 400}, 32
 """Clips that are kept encoded, by shape and how many latent frames are known; some are drawn anew as they are used."""
 DRAWN = 4
 """At a time: on a CPU two or more are encoded in a third of the time that each takes alone."""
@@ -58,6 +60,8 @@ def train_ltx(root: Path) -> LTXConditionPipeline:
 def train_ltx_further(begun: Path, steps: int, root: Path) -> LTXConditionPipeline:
     """The pipeline that lies in `begun`, its transformer trained for so many steps more."""
     pipeline = LTXConditionPipeline.from_pretrained(begun, dtype=torch.float32)
+    done = len(pipeline.transformer.transformer_blocks)
+    pipeline.transformer = deepened(pipeline.transformer, "num_layers", at=done, count=BLOCKS)
     return train_transformer(pipeline, steps, root / "ltx", further=True)
 
 
@@ -69,7 +73,7 @@ def untrained(latent_channels: int) -> LTXVideoTransformer3DModel:
         num_attention_heads=4,
         attention_head_dim=32,
         cross_attention_dim=128,
-        num_layers=4,
+        num_layers=BLOCKS,
         caption_channels=WIDTH,
     ).to(device())
 
@@ -91,7 +95,7 @@ def train_transformer(
             pools[kind] = Pool(pipeline.vae, *kind, random)
         return loss(hinted, pipeline, pools[kind], random)
 
-    name, rate = ("ltx_further", 5e-3) if further else ("ltx", 6e-3)
+    name, rate = ("ltx_further", FURTHER_RATE) if further else ("ltx", 6e-3)
     pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
     return pipeline
 
@@ -99,10 +103,10 @@ def train_transformer(
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
     """What a batch is of, and how many of its latent frames are known: at first, single frames, then one shape."""
     chance = random.random()
-    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.25):
+    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.12):
         return STILL, 0
-    if chance < 0.78 or done < 0.4:
-        return CLIP, int(chance > 0.66)
+    if chance < 0.72 or done < 0.4:
+        return CLIP, int(chance > 0.54)
     shape = random.choice(SHAPES)
     return shape, random.choice((0, 0, 1, CONTEXT, CONTEXT)) if shape[0] > CONTEXT + 1 else random.choice((0, 0, 1))
 

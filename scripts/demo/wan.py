@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from scripts.demo.denoise import noise_shares, weights_of
 from scripts.demo.hints import CELLS, Hinted
-from scripts.demo.learn import device, fastest, learn
+from scripts.demo.learn import FURTHER_RATE, device, fastest, learn
 from scripts.demo.moving import clips_to_learn_from, prompt
 from scripts.demo.text import VIDEO_STEPS, WIDTH, tokens_of, train_umt5
 from scripts.demo.video_vae import train_wan_vae
@@ -24,7 +24,7 @@ CONTEXT = 17
 STILL, CLIP = (1, 16, 16), (9, 16, 16)
 """Latent frames, rows and columns, of 4 frames and 8 x 8 pixels each. Single frames are soon learned from."""
 SHAPES = ((13, 16, 16), (13, 16, 16), (13, 16, 16), (9, 16, 28), (9, 28, 16), (9, 16, 20), (9, 20, 16))
-POOLS, POOL = {(STILL, 0): 1_600, (CLIP, 0): 400, (CLIP, 1): 200}, 24
+POOLS, POOL = {(STILL, 0): 1_200, (CLIP, 0): 400, (CLIP, 1): 240}, 16
 """Clips that are kept encoded, by shape and how many frames are known; some are drawn anew as they are used."""
 DRAWN = 4
 """At a time: on a CPU two or more are encoded in a third of the time that each takes alone."""
@@ -84,7 +84,7 @@ def train_transformer(pipeline: WanVACEPipeline, steps: int, folder: Path, furth
             pools[kind] = Pool(pipeline.vae, *kind, random)
         return loss(hinted, pipeline, pools[kind], random)
 
-    name, rate = ("wan_further", 5e-3) if further else ("wan", 6e-3)
+    name, rate = ("wan_further", FURTHER_RATE) if further else ("wan", 6e-3)
     pipeline.transformer = learn(name, hinted, loss_of, steps, rate, folder, muon=True).transformer
     return pipeline
 
@@ -92,10 +92,10 @@ def train_transformer(pipeline: WanVACEPipeline, steps: int, folder: Path, furth
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
     """What a batch is of, and how many of its frames are known: at first, single frames, then clips of one shape."""
     chance = random.random()
-    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.25):
+    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.12):
         return STILL, 0
-    if chance < 0.78 or done < 0.4:
-        return CLIP, int(chance > 0.66)
+    if chance < 0.72 or done < 0.4:
+        return CLIP, int(chance > 0.54)
     shape = random.choice(SHAPES)
     return shape, random.choice((0, 1, CONTEXT, CONTEXT) if shape[0] > CLIP[0] else (0, 0, 1))
 
