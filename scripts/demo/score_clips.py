@@ -7,6 +7,8 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import torch
+from diffusers import AutoModel
 
 from pipelines.clips import Clip
 from pipelines.params import ExtendVideo, ImageToVideo
@@ -23,6 +25,7 @@ def score_video(name: str, count: int = PROMPTS) -> Iterable[Tally]:
     yield moves(demo, count, f"{name}, text-to-video")
     yield goes_on_from_picture(demo, count // 4, f"{name}, image-to-video")
     yield goes_on(demo, count // 4, f"{name}, extend")
+    yield through_vae(demo, count // 4, f"{name}, VAE alone")
 
 
 def moves(demo: Demo, count: int, title: str) -> Tally:
@@ -83,6 +86,24 @@ def goes_on(demo: Demo, count: int, title: str) -> Tally:
         join = distance(before[-1], after[0])
         tally.add("no jump at the join", join < 3 * max(float(np.median(steps)), 0.01))
         tally.add("same shape and colours", kept(look(before[-1]), look(after[len(after) // 2])))
+    return tally
+
+
+@torch.no_grad()
+def through_vae(demo: Demo, count: int, title: str) -> Tally:
+    """Clips as they should be, encoded and decoded again: no transformer on these latents does better."""
+    vae = AutoModel.from_pretrained(str(demo.weights.component("vae").path), dtype=torch.float32)
+    width, height = demo.model.sizes["1:1"]
+    tally, random = Tally(title), Random(7)
+    for _ in range(count):
+        scene = random_moving(random, test=True)
+        clip = draw_clip(scene, width, height, 25)[None]
+        decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample[0]
+        for n in (0, 12):
+            seen = look(np.asarray(picture_of(decoded[:, n].clamp(-1, 1))))
+            tally.add(
+                f"{scene.size} shape, {f'frame {n}' if n else 'first frame'}", bool(seen and seen.shape == scene.shape)
+            )
     return tally
 
 

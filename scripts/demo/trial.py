@@ -49,7 +49,7 @@ class Demo:
         weights = Installed(Path(tempfile.mkdtemp())).weights(model) if model else None
         if model is None or weights is None:
             raise SystemExit(f"{name} has no demo weights")
-        self.model, self.residency = model, residency
+        self.model, self.weights, self.residency = model, weights, residency
         self.pipeline = family(weights.family).build(weights, residency)
 
     def run(self, params: Any) -> Any:
