@@ -144,8 +144,8 @@ def test_clips_of_its_own_sizes_and_length(
     assert seen.size == size
     assert answer.json()["duration"] == pytest.approx(duration, abs=1e-3)
     params = job_of(house, answer)["params"]
-    guidance = 3.0 if model == "ltx-video" else 2.0
-    assert (params["guidanceScale"], params["negativePrompt"]) == (guidance, "")
+    usual = (12, 3.0, "") if model == "ltx-video" else (8, 2.0, "")
+    assert (params["numInferenceSteps"], params["guidanceScale"], params["negativePrompt"]) == usual
 
 
 def test_all_that_wan_does(house: House, tmp_path: Path):
