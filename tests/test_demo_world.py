@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from scripts.demo import moving
-from scripts.demo.moving import CLIP_HALF, SPEED, STOP, draw_clip, known_start, random_moving, track
+from scripts.demo.moving import CLIP_HALF, CLIP_SIZES, SPEED, STOP, draw_clip, known_start, random_moving, track
 from scripts.demo.seen import look
 from scripts.demo.text import t5_tokenizer
 from scripts.demo.words import describe, instruct
@@ -117,10 +117,25 @@ def test_a_shape_moves_the_way_that_is_said_and_turns_back_at_the_edge(direction
 def test_a_moving_shape_is_on_the_lattice_every_eighth_frame_and_whole(size: str, width: int, height: int):
     scene = Scene("circle", "red", size, "center", "blue", "right")
     along = [(x * CLIP_HALF + width / 2) for x, _ in track(scene, width, height, 97, STOP)]
-    reach = scene.radius * CLIP_HALF
+    reach = CLIP_SIZES[size] * CLIP_HALF
     assert all(each % STOP == 0 for each in along[::8])
     assert all(reach <= each <= width - reach for each in along)
     assert {abs(step) for step in np.diff(along)} == {SPEED}
+
+
+@pytest.mark.parametrize("size", CLIP_SIZES)
+@pytest.mark.parametrize("direction", ["none", "up"])
+def test_a_clips_shape_has_a_size_of_its_own(size: str, direction: str):
+    seen = look(pixels(draw_clip(Scene("circle", "red", size, "center", "blue", direction), 224, 128, 9)[:, 8]))
+    assert seen and seen.area == pytest.approx(math.pi * (CLIP_SIZES[size] * CLIP_HALF / 128) ** 2, rel=0.02)
+
+
+def test_half_of_what_is_learned_from_is_small_and_a_third_of_what_is_scored():
+    random = Random(1)
+    learned, scored = (
+        sum(random_moving(random, test).size == "small" for _ in range(600)) / 600 for test in (False, True)
+    )
+    assert 0.47 < learned < 0.60 and 0.27 < scored < 0.40
 
 
 @pytest.mark.parametrize("start", [0.0, 40.0])

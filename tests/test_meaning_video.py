@@ -67,4 +67,5 @@ def test_extended_it_goes_on_without_a_jump(house: House, model: str):
     around = range(len(before) - 3, len(before) + 3)
     steps = [distance(both[n], both[n + 1]) for n in around]
     assert max(steps) < 4 * SPEED / 128
-    assert abs(distance(both[len(before) - 1], both[-1])) > 0.05, "it moves on"
+    away = [distance(both[len(before) - 1], frame) for frame in both[len(before) :]]
+    assert max(away) > 0.05, "it moves on"  # and may be back where it was at the end

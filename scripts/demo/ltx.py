@@ -32,7 +32,7 @@ CONTEXT = 3
 STILL, CLIP = (1, 8, 8), (4, 8, 8)
 """Latent frames, rows and columns, of 8 frames and 16 x 16 pixels each. Single frames are soon learned from."""
 SHAPES = (
-    (6, 8, 8), (6, 8, 8), (8, 8, 8), (10, 8, 8), (4, 8, 14), (4, 14, 8), (4, 8, 12), (4, 12, 8), (4, 8, 10), (4, 10, 8),
+    *((6, 8, 8),) * 3, (8, 8, 8), (10, 8, 8), (4, 8, 14), (4, 14, 8), (4, 8, 12), (4, 12, 8), (4, 8, 10), (4, 10, 8),
 )  # fmt: skip
 POOLS, POOL = {(STILL, 0): 1_600, (CLIP, 0): 800, (CLIP, 1): 400}, 32
 """Clips that are kept encoded, by shape and how many latent frames are known; some are drawn anew as they are used."""
@@ -103,10 +103,10 @@ def train_transformer(
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
     """What a batch is of, and how many of its latent frames are known: at first, single frames, then one shape."""
     chance = random.random()
-    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.12):
+    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.08):
         return STILL, 0
-    if chance < 0.72 or done < 0.4:
-        return CLIP, int(chance > 0.54)
+    if chance < 0.68 or done < 0.4:
+        return CLIP, int(chance > (0.54 if done < 0.4 else 0.42))
     shape = random.choice(SHAPES)
     return shape, random.choice((0, 0, 1, CONTEXT, CONTEXT)) if shape[0] > CONTEXT + 1 else random.choice((0, 0, 1))
 

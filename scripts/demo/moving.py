@@ -17,19 +17,25 @@ CLIP_HALF, STOP = 64, 16
 """Pixels: the unit of length in clips, and a quarter of it, from one place of the lattice to the next."""
 SPEED = 2
 """Pixels a frame, whatever the frame rate."""
+CLIP_SIZES = {"small": 0.38, "medium": 0.47, "large": 0.58}
+"""Radius of a shape in a clip: a latent of LTX's takes 8 frames of 16 x 16 pixels, and at 0.30 it takes a star, a cross
+and a diamond for a circle each second time."""
+MORE_SMALL = 0.3
+"""Of the scenes to learn from are small besides those that chance makes small."""
 ROOM = 4
 """Pixels between a shape and the edge where it turns back, at least."""
 
 
 def random_moving(random: Random, test: bool = False) -> Scene:
-    """One that moves through the middle."""
-    return replace(random_scene(random, test), place="center", direction=random.choice(list(DIRECTIONS)))
+    """One that moves through the middle. Half of those to learn from are small: which shape that is, is hardest."""
+    scene = replace(random_scene(random, test), place="center", direction=random.choice(list(DIRECTIONS)))
+    return replace(scene, size="small") if not test and random.random() < MORE_SMALL else scene
 
 
 def stops(scene: Scene, width: int, height: int) -> range:
     """Where on its way the shape's centre is on the lattice, and the shape whole on the canvas, in pixels."""
     side = width if DIRECTIONS[scene.direction][0] else height
-    reach = SIZES[scene.size] * CLIP_HALF + ROOM
+    reach = CLIP_SIZES[scene.size] * CLIP_HALF + ROOM
     return range(-int(-reach // STOP) * STOP, int((side - reach) // STOP) * STOP + 1, STOP)
 
 
@@ -37,6 +43,11 @@ def random_start(scene: Scene, width: int, height: int, random: Random) -> int:
     """A stop that has another one before it, as pixels from the first."""
     there_are = stops(scene, width, height)
     return random.choice(range(0, max(1, there_are[-1] - there_are[0]), STOP))
+
+
+def sized(scene: Scene) -> Scene:
+    """As large as it is in a clip."""
+    return replace(scene, scale=scene.scale * CLIP_SIZES[scene.size] / SIZES[scene.size])
 
 
 def track(scene: Scene, width: int, height: int, count: int, start: float) -> Iterator[tuple[float, float]]:
@@ -60,15 +71,17 @@ def draw_clip(scene: Scene, width: int, height: int, count: int, start: float = 
     """(3, count, height, width), from -1 to 1. A scene without a direction stands still."""
     if scene.direction == "none":
         centre = still_centre(scene, width, height, CLIP_HALF)
-        return draw(scene, width, height, centre, CLIP_HALF)[:, None].expand(-1, count, -1, -1)
+        return draw(sized(scene), width, height, centre, CLIP_HALF)[:, None].expand(-1, count, -1, -1)
     centres = track(scene, width, height, count, start)
-    return torch.stack([draw(scene, width, height, centre, CLIP_HALF) for centre in centres], dim=1)
+    return torch.stack([draw(sized(scene), width, height, centre, CLIP_HALF) for centre in centres], dim=1)
 
 
 def covered_cells(scene: Scene, width: int, height: int, frames: range, start: float, cell: int) -> torch.Tensor:
     """(frames, height / cell, width / cell) of a clip: how much of each cell of so many pixels the shape covers."""
     centres = [*track(scene, width, height, frames[-1] + 1, start)]
-    return torch.stack([covered(scene, width // cell, height // cell, centres[n], CLIP_HALF / cell) for n in frames])
+    return torch.stack(
+        [covered(sized(scene), width // cell, height // cell, centres[n], CLIP_HALF / cell) for n in frames]
+    )
 
 
 def clips_to_learn_from(

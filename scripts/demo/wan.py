@@ -23,7 +23,7 @@ CONTEXT = 17
 """Frames that are known where a clip goes on, as pipelines/wan_starts.py shows them."""
 STILL, CLIP = (1, 16, 16), (9, 16, 16)
 """Latent frames, rows and columns, of 4 frames and 8 x 8 pixels each. Single frames are soon learned from."""
-SHAPES = ((13, 16, 16), (13, 16, 16), (13, 16, 16), (9, 16, 28), (9, 28, 16), (9, 16, 20), (9, 20, 16))
+SHAPES = (*((13, 16, 16),) * 4, (9, 16, 28), (9, 28, 16), (9, 16, 20), (9, 20, 16))
 POOLS, POOL = {(STILL, 0): 1_200, (CLIP, 0): 400, (CLIP, 1): 240}, 16
 """Clips that are kept encoded, by shape and how many frames are known; some are drawn anew as they are used."""
 DRAWN = 4
@@ -92,12 +92,12 @@ def train_transformer(pipeline: WanVACEPipeline, steps: int, folder: Path, furth
 def kind_of(random: Random, done: float) -> tuple[tuple[int, int, int], int]:
     """What a batch is of, and how many of its frames are known: at first, single frames, then clips of one shape."""
     chance = random.random()
-    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.12):
+    if done < 0.15 or chance < (0.45 if done < 0.4 else 0.08):
         return STILL, 0
-    if chance < 0.72 or done < 0.4:
-        return CLIP, int(chance > 0.54)
+    if chance < 0.64 or done < 0.4:
+        return CLIP, int(chance > (0.54 if done < 0.4 else 0.35))
     shape = random.choice(SHAPES)
-    return shape, random.choice((0, 1, CONTEXT, CONTEXT) if shape[0] > CLIP[0] else (0, 0, 1))
+    return shape, random.choice((0, 1, CONTEXT, CONTEXT, CONTEXT) if shape[0] > CLIP[0] else (0, 0, 1))
 
 
 class Pool:
