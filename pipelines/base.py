@@ -1,5 +1,7 @@
-"""The words that every family and the server share. Standard library and Pillow only."""
+"""Family modules by name. Each has `build(weights, residency)` and `loader(weights, device)`."""
+# FROM pipelines.base: The words that every family and the server share. Standard library and Pillow only.
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +27,12 @@ class UnusableWeights(Exception):
     """The operator's fault: a weights file is missing, truncated or of a kind that is not loaded."""
 
 
-class BadOutput(Exception):
+class InvalidOutput(Exception):
     """The model ran, but what it made is none: NaN or infinite values."""
 
 
 @dataclass(frozen=True)
-class Stamp:
+class FileFingerprint:
     """A file as it was when its component was described: whoever replaces it changes this, or takes pains not to."""
 
     name: str
@@ -38,7 +40,7 @@ class Stamp:
     changed_ns: int
 
     @classmethod
-    def of(cls, file: Path) -> "Stamp | None":
+    def of(cls, file: Path) -> "FileFingerprint | None":
         """None where there is no such file."""
         try:
             stat = file.stat()
@@ -66,7 +68,7 @@ class Component:
     dtype: str = "float32"
     block_bytes: tuple[int, ...] = ()
     storage: str | None = None
-    stamps: tuple[Stamp, ...] = ()
+    stamps: tuple[FileFingerprint, ...] = ()
     config: Path | None = None
 
 
@@ -94,7 +96,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Way:
+class ExecutionMode:
     """How a job is run on its device. `tiled` decodes in tiles.
 
     What only a worker needs: `phases` are (name, component keys) in order; `kept` are (key, bytes), the components
@@ -112,7 +114,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Held:
+class ComponentStatus:
     """A component that a worker has: on its device since `since_at`, as a copy in host memory, or both."""
 
     key: str
@@ -153,3 +155,8 @@ class Pipeline(Protocol):
     def generate(self, params: Any, on_step: OnStep) -> Any:
         """Run once. Returns a `PIL.Image.Image` (RGB or RGBA, 8 bits). Raises `InvalidInput` or `JobCancelled`."""
         ...
+
+
+def family_module(family: str) -> Any:
+    """`flux` → `pipelines.flux`; a dotted name is a family of one's own."""
+    return importlib.import_module(family if "." in family else f"pipelines.{family}")

@@ -1,22 +1,103 @@
 """Flux.1: dev, schnell and Kontext by diffusers, in three phases (encode, denoise, decode) on shared components."""
+# FROM pipelines.flux_recipes: How each architecture of Flux runs each kind of params: the pipeline, the picture it begins with, what is special.
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from pipelines.base import BadOutput, InvalidInput, Loader, OnStep, Weights
-from pipelines.compiled import compiled
-from pipelines.flux_recipes import Recipe, recipes_for
-from pipelines.loading import load_component, load_small, read_json
-from pipelines.lora import worn
-from pipelines.params import TextToImage
-from pipelines.prompts import Prompts
-from pipelines.residency import Residency
-from pipelines.steps import report_steps
-from pipelines.tiling import tiled
+from pipelines.base import InvalidInput, InvalidOutput, Loader, OnStep, UnusableWeights, Weights
+from pipelines.diffusion import PromptEncoder, compiled_blocks, step_callback, tiled_decoding
+from pipelines.loading import architecture_of, load_component, load_small, read_json
+from pipelines.lora import apply_loras
+from pipelines.media.images import open_covering, open_flat
+from pipelines.params import ImageToImage, TextToImage
+from pipelines.residency.residency import Residency
+
+REFERENCE_AREA = 1024**2
+"""Pixels of a Kontext reference: it was trained on sizes of a megapixel, in multiples of 16 (diffusers lists them)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one architecture runs one kind of params. `picture` is told of what sides must be multiples."""
+
+    pipeline: Any
+    picture: Callable[[Any, int], Image.Image | None]
+    special: Callable[[Any], dict[str, Any]]
+
+
+def no_picture(params: TextToImage, multiple: int) -> None:
+    return None
+
+
+def start_picture(params: ImageToImage, multiple: int) -> Image.Image:
+    """The one input, covering the output's size: scaled by Lanczos, its overhang cropped evenly."""
+    if len(params.images) != 1:
+        raise InvalidInput(f"This model takes one image, not {len(params.images)}.")
+    return open_covering(params.images[0], (params.width, params.height))
+
+
+def reference_picture(params: ImageToImage, multiple: int) -> Image.Image:
+    """What Kontext looks at: the inputs as one picture, side by side at one height, none cropped.
+
+    Kontext takes one picture; such a row is how ComfyUI's ImageStitch shows it several. Its area is the one that
+    Kontext was trained on, or the output's where that is less; its shape is its own, but for the
+    rounding to `multiple` pixels.
+    """
+    if not params.images:
+        raise InvalidInput("Editing needs at least one image.")
+    pictures = [open_flat(path) for path in params.images]
+    ratios = [picture.width / picture.height for picture in pictures]
+    area = min(params.width * params.height, REFERENCE_AREA)
+    width, height = (to_multiple(side, multiple) for side in (sqrt(area * sum(ratios)), sqrt(area / sum(ratios))))
+    row = Image.new("RGB", (width, height))
+    for i, picture in enumerate(pictures):
+        left, right = (round(row.width * sum(ratios[:n]) / sum(ratios)) for n in (i, i + 1))
+        row.paste(picture.resize((max(1, right - left), row.height), Image.Resampling.LANCZOS), (left, 0))
+    return row
+
+
+def to_multiple(length: float, multiple: int) -> int:
+    return max(multiple, round(length / multiple) * multiple)
+
+
+def nothing(params: TextToImage) -> dict[str, Any]:
+    return {}
+
+
+def strength(params: ImageToImage) -> dict[str, Any]:
+    """diffusers runs the last ceil(steps x strength) steps; with 0 there is none, and the input is the output."""
+    return {"strength": params.strength}
+
+
+def whole_area(params: TextToImage) -> dict[str, Any]:
+    """Kontext rescales its output to `max_area`: the size asked for stays as it is."""
+    return {"max_area": params.width * params.height}
+
+
+RECIPES: dict[tuple[str, type[TextToImage]], Recipe] = {
+    ("FluxPipeline", TextToImage): Recipe(FluxPipeline, no_picture, nothing),
+    ("FluxPipeline", ImageToImage): Recipe(FluxImg2ImgPipeline, start_picture, strength),
+    ("FluxKontextPipeline", TextToImage): Recipe(FluxKontextPipeline, no_picture, whole_area),
+    ("FluxKontextPipeline", ImageToImage): Recipe(FluxKontextPipeline, reference_picture, whole_area),
+}
+"""By architecture and the kind of params."""
+
+
+def recipes_for(weights: Weights) -> dict[type[TextToImage], Recipe]:
+    """The recipes of the weights' architecture, by the kind of params."""
+    name = architecture_of(weights)
+    recipes = {kind: recipe for (architecture, kind), recipe in RECIPES.items() if architecture == name}
+    if not recipes:
+        raise UnusableWeights(f"{weights.folder / 'model_index.json'}: {name} is not a Flux pipeline known here")
+    return recipes
+
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
 TRUE_GUIDANCE_SCALE = 2.0
@@ -49,7 +130,7 @@ class Flux:
         # schnell, the model without guidance embeddings, was distilled on 256 tokens; the others take 512.
         guided = read_json(folder / "transformer" / "config.json")["guidance_embeds"]
         max_tokens = min(512 if guided else 256, self._tokenizer_2.model_max_length)
-        self._prompts = Prompts(
+        self._prompts = PromptEncoder(
             weights, residency, ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"), max_tokens
         )
 
@@ -110,8 +191,8 @@ class Flux:
         """Packed latents (1, tokens, 4 x channels). A model without guidance embeddings ignores `guidance_scale`."""
         pipe = self._pipe(recipe, "transformer")
         dtype = pipe.transformer.dtype
-        faster = compiled(pipe.transformer, self._weights.compiled and not params.loras)
-        with worn(pipe, params.loras, self._residency.device), faster:
+        faster = compiled_blocks(pipe.transformer, self._weights.compiled and not params.loras)
+        with apply_loras(pipe, params.loras, self._residency.device), faster:
             return pipe(
                 **{name: cast(value, dtype) for name, value in inputs.items()},
                 width=params.width,
@@ -119,7 +200,7 @@ class Flux:
                 num_inference_steps=params.num_inference_steps,
                 guidance_scale=params.guidance_scale,
                 generator=generator,
-                callback_on_step_end=report_steps(on_step),
+                callback_on_step_end=step_callback(on_step),
                 output_type="latent",
                 return_dict=False,
             )[0]
@@ -129,10 +210,10 @@ class Flux:
         vae = self._hold("vae")
         latents = FluxPipeline._unpack_latents(latents, params.height, params.width, self._vae_scale)
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        with tiled(vae, self._residency.way.tiled):
+        with tiled_decoding(vae, self._residency.way.tiled):
             pixels = vae.decode(latents, return_dict=False)[0]
         if not torch.isfinite(pixels).all():
-            raise BadOutput(f"{self._weights.model} made a picture with NaN or infinite pixels")
+            raise InvalidOutput(f"{self._weights.model} made a picture with NaN or infinite pixels")
         return VaeImageProcessor().postprocess(pixels)[0]
 
     def _pipe(self, recipe: Recipe, *names: str) -> Any:

@@ -10,11 +10,11 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from pipelines.base import Component, Stamp, UnusableWeights, Weights
-from pipelines.casting import keep_small
-from pipelines.sizes import GGUF, NF4
+from pipelines.base import Component, FileFingerprint, UnusableWeights, Weights
+from pipelines.quantization import apply_fp8_casting
 from pipelines.weights.errors import Damaged
-from pipelines.weights.gguf_file import gguf_tensors
+from pipelines.weights.formats import gguf_tensors
+from pipelines.weights.sizes import GGUF, NF4
 
 LIBRARIES = ("diffusers", "transformers")
 """A folder's `model_index.json` may name classes of these and of nothing else."""
@@ -41,11 +41,11 @@ def load_component(component: Component) -> torch.nn.Module:
     if missing := sorted(report["missing_keys"]):
         raise UnusableWeights(f"{component.path}: {len(missing)} tensors are missing, such as {missing[0]}")
     if component.storage == NF4:
-        from pipelines.nf4 import keep_nf4  # bitsandbytes is for those who use it
+        from pipelines.quantization import quantize_nf4  # bitsandbytes is for those who use it
 
-        keep_nf4(module, dtype)
+        quantize_nf4(module, dtype)
     elif component.storage:
-        keep_small(module, getattr(torch, component.storage), dtype)
+        apply_fp8_casting(module, getattr(torch, component.storage), dtype)
     return module.eval().requires_grad_(False)
 
 
@@ -122,7 +122,7 @@ def check_stamps(component: Component) -> None:
     """Raises `UnusableWeights` where a file is another than the one that the component's key stands for."""
     folder = component.path if component.path.is_dir() else component.path.parent
     for stamp in component.stamps:
-        if Stamp.of(folder / stamp.name) != stamp:
+        if FileFingerprint.of(folder / stamp.name) != stamp:
             raise UnusableWeights(
                 f"{folder / stamp.name} was replaced or removed while the server ran. `plantain verify` tells whether "
                 "it is what was installed; the server must be started again to use it."

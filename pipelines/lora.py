@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines.base import UnusableWeights
 from pipelines.loading import check_stamps
-from pipelines.params import WornLora
+from pipelines.params import AppliedLora
 
 PREFIX = "transformer."
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
@@ -19,7 +19,7 @@ PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
 
 
 @contextmanager
-def worn(pipe: Any, loras: Sequence[WornLora], device: torch.device) -> Iterator[None]:
+def apply_loras(pipe: Any, loras: Sequence[AppliedLora], device: torch.device) -> Iterator[None]:
     """While inside, `pipe.transformer` wears these. peft puts a layer around each one that they change.
 
     Raises `UnusableWeights`, naming the LoRA, where one is not for this model. With scale 0 it is not worn at all.
@@ -41,7 +41,7 @@ def worn(pipe: Any, loras: Sequence[WornLora], device: torch.device) -> Iterator
         pipe.transformer.unload_lora()
 
 
-def load(pipe: Any, lora: WornLora, name: str) -> None:
+def load(pipe: Any, lora: AppliedLora, name: str) -> None:
     """As diffusers loads it, once it is known to change nothing but what layers add to their outputs."""
     component = lora.weights
     if component is None:

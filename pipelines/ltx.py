@@ -12,17 +12,14 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
 from pipelines.base import InvalidInput, Loader, OnStep, UnusableWeights, Weights
-from pipelines.clips import Clip, to_frames
-from pipelines.compiled import compiled
-from pipelines.images import open_covering
+from pipelines.diffusion import PromptEncoder, compiled_blocks, step_callback, tiled_decoding
 from pipelines.loading import architecture_of, load_component, load_small
-from pipelines.lora import worn
+from pipelines.lora import apply_loras
+from pipelines.media.images import open_covering
+from pipelines.media.video import Frame, first_frames, last_frames
+from pipelines.media.video_writer import VideoOutput, to_frames
 from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
-from pipelines.prompts import Prompts
-from pipelines.residency import Residency
-from pipelines.steps import report_steps
-from pipelines.tiling import tiled
-from pipelines.video import Frame, first_frames, last_frames
+from pipelines.residency.residency import Residency
 
 MAX_TOKENS = 256
 PUBLISHED_LIMIT = 128
@@ -67,17 +64,17 @@ class Ltx:
         self._tokenizer = load_small(folder, "tokenizer")
         limit = self._tokenizer.model_max_length
         max_tokens = limit if limit < PUBLISHED_LIMIT else MAX_TOKENS
-        self._prompts = Prompts(weights, residency, ("text_encoder",), ("tokenizer",), max_tokens)
+        self._prompts = PromptEncoder(weights, residency, ("text_encoder",), ("tokenizer",), max_tokens)
         self._noise_scheduler = load_small(folder, "scheduler")
 
-    def generate(self, params: TextToVideo, on_step: OnStep) -> Clip:
+    def generate(self, params: TextToVideo, on_step: OnStep) -> VideoOutput:
         """A clip of exactly `params.width` x `params.height` and, but for extending, `params.num_frames`.
 
         Raises `InvalidInput` for a size or length that the model cannot make and for unusable input files, `BadOutput`
         for NaN or infinite values, and whatever `on_step` raises; after each of these the next run works.
         """
         check(params)
-        start = STARTS[type(params)](params)
+        start = CONDITIONING[type(params)](params)
         generator = torch.Generator("cpu").manual_seed(params.seed)  # the same noise on every device
         with torch.inference_mode():
             on_step("encode", 0, 1)
@@ -87,7 +84,7 @@ class Ltx:
             on_step("decode", 0, 1)
             frames = self._decode(latents, start.frames, generator)
             on_step("decode", 1, 1)
-        return Clip(frames[start.repeated :], params.fps, start.after)
+        return VideoOutput(frames[start.repeated :], params.fps, start.after)
 
     def _encode_prompts(self, params: TextToVideo) -> dict[str, Any]:
         """As diffusers' keyword arguments; the negative ones where there is guidance."""
@@ -108,12 +105,17 @@ class Ltx:
         return self._prompts.embeds(text, encode)
 
     def _denoise(
-        self, params: TextToVideo, start: "Start", embeds: dict[str, Any], generator: torch.Generator, on_step: OnStep
+        self,
+        params: TextToVideo,
+        start: "Conditioning",
+        embeds: dict[str, Any],
+        generator: torch.Generator,
+        on_step: OnStep,
     ) -> torch.Tensor:
         """Latents (1, channels, (frames - 1) / 8 + 1, height / 32, width / 32), normalised."""
         pipe = self._pipe("transformer", "vae")
-        faster = compiled(pipe.transformer, self._weights.compiled and not params.loras)
-        with worn(pipe, params.loras, self._residency.device), faster:
+        faster = compiled_blocks(pipe.transformer, self._weights.compiled and not params.loras)
+        with apply_loras(pipe, params.loras, self._residency.device), faster:
             return pipe(
                 conditions=list(start.conditions) or None,
                 **embeds,
@@ -124,7 +126,7 @@ class Ltx:
                 num_inference_steps=params.num_inference_steps,
                 guidance_scale=params.guidance_scale,
                 generator=generator,
-                callback_on_step_end=report_steps(on_step),
+                callback_on_step_end=step_callback(on_step),
                 output_type="latent",
                 return_dict=False,
             )[0]
@@ -142,7 +144,7 @@ class Ltx:
             latents = (1 - share) * latents + share * noise
         vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = PIECE_FRAMES, PIECE_STRIDE
         vae.use_framewise_decoding = count > WHOLE_FRAMES
-        with tiled(vae, self._residency.way.tiled):
+        with tiled_decoding(vae, self._residency.way.tiled):
             pixels = vae.decode(latents, timestep, return_dict=False)[0][0]
         vae.use_framewise_decoding = False  # encoding heeds it too
         return to_frames(pixels)
@@ -164,7 +166,7 @@ ARCHITECTURES = frozenset({"LTXPipeline", "LTXImageToVideoPipeline", "LTXConditi
 
 
 @dataclass(frozen=True)
-class Start:
+class Conditioning:
     """What a run begins with, and the frames to make. The first `repeated` stand in the video `after` already."""
 
     frames: int
@@ -173,49 +175,51 @@ class Start:
     after: Path | None = None
 
 
-def from_text(params: TextToVideo) -> Start:
-    return Start(params.num_frames)
+def from_text(params: TextToVideo) -> Conditioning:
+    return Conditioning(params.num_frames)
 
 
-def from_image(params: ImageToVideo) -> Start:
+def from_image(params: ImageToVideo) -> Conditioning:
     """The first frame, or the first and the last."""
     if len(params.images) not in (1, 2):
         raise InvalidInput(f"This model takes 1 or 2 images, not {len(params.images)}.")
     pictures = [open_covering(path, size_of(params)) for path in params.images]
     places = zip((0, params.num_frames - 1), pictures, strict=False)
-    return Start(params.num_frames, tuple(LTXVideoCondition(image=picture, frame_index=n) for n, picture in places))
+    return Conditioning(
+        params.num_frames, tuple(LTXVideoCondition(image=picture, frame_index=n) for n, picture in places)
+    )
 
 
-def from_end(params: ExtendVideo) -> Start:
+def from_video_end(params: ExtendVideo) -> Conditioning:
     """As many of the last frames as leave the length that the model was trained on: 8n + 1, at least one."""
     wanted = min(CONTEXT_FRAMES, max(1, TRAINED_FRAMES - params.num_frames))
-    frames = whole_latents(last_frames(params.video, size_of(params), wanted, params.fps)[::-1])[::-1]
-    start = Start(len(frames) + params.num_frames, (seen(frames),))
+    frames = align_to_latents(last_frames(params.video, size_of(params), wanted, params.fps)[::-1])[::-1]
+    start = Conditioning(len(frames) + params.num_frames, (video_condition(frames),))
     return replace(start, repeated=len(frames), after=params.video)
 
 
-def from_reference(params: ReferenceToVideo) -> Start:
+def from_reference(params: ReferenceToVideo) -> Conditioning:
     """A video whose composition and motion are kept, half of it drawn anew."""
     if params.video is None or params.images:
         raise InvalidInput("This model takes a video as its reference, and no images.")
-    frames = whole_latents(first_frames(params.video, size_of(params), params.num_frames, params.fps))
-    return Start(params.num_frames, (replace(seen(frames), strength=REFERENCE_STRENGTH),))
+    frames = align_to_latents(first_frames(params.video, size_of(params), params.num_frames, params.fps))
+    return Conditioning(params.num_frames, (replace(video_condition(frames), strength=REFERENCE_STRENGTH),))
 
 
-STARTS: Mapping[type[TextToVideo], Callable[[Any], Start]] = {
+CONDITIONING: Mapping[type[TextToVideo], Callable[[Any], Conditioning]] = {
     TextToVideo: from_text,
     ImageToVideo: from_image,
-    ExtendVideo: from_end,
+    ExtendVideo: from_video_end,
     ReferenceToVideo: from_reference,
 }
 
 
-def whole_latents(frames: list[Frame]) -> list[Frame]:
+def align_to_latents(frames: list[Frame]) -> list[Frame]:
     """The first 8n + 1 of them."""
     return frames[: (len(frames) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1]
 
 
-def seen(frames: list[Frame]) -> LTXVideoCondition:
+def video_condition(frames: list[Frame]) -> LTXVideoCondition:
     return LTXVideoCondition(video=[Image.fromarray(frame) for frame in frames])
 
 

@@ -55,7 +55,7 @@ class Lora(BaseModel):
     scale: LoraScale = 1.0
 
 
-class WornLora(BaseModel):
+class AppliedLora(BaseModel):
     """The same for a pipeline, with its file where validation is given `context={"loras": {id: Component}}`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,7 +72,7 @@ class WornLora(BaseModel):
 
 
 Loras = Annotated[list[Lora], Field(max_length=4, description="LoRAs of the model, all at once.")]
-WornLoras = tuple[WornLora, ...]
+AppliedLoras = tuple[AppliedLora, ...]
 
 
 class Body(BaseModel):
@@ -167,7 +167,7 @@ class TextToImage(Params):
     num_inference_steps: Steps
     guidance_scale: GuidanceScale = 0.0
     negative_prompt: NegativePrompt = ""
-    loras: WornLoras = ()
+    loras: AppliedLoras = ()
 
 
 class ImageToImage(TextToImage):
@@ -199,7 +199,7 @@ class TextToVideo(Params):
     num_inference_steps: Steps
     guidance_scale: GuidanceScale = 0.0
     negative_prompt: NegativePrompt = ""
-    loras: WornLoras = ()
+    loras: AppliedLoras = ()
 
 
 class ImageToVideo(TextToVideo):

@@ -2,8 +2,11 @@
 
 Memory is the input, the output (Pillow keeps 4 bytes a pixel) and one window's working set, however large the picture.
 """
+# FROM pipelines.tiles: Cuts a picture into windows that overlap, so that a network with a bounded view sees all it needs of each part.
 
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,63 @@ from safetensors.torch import load_file
 from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
-from pipelines.base import BadOutput, Component, InvalidInput, Loader, OnStep, UnusableWeights, Weights
-from pipelines.images import open_image
+from pipelines.base import Component, InvalidInput, InvalidOutput, Loader, OnStep, UnusableWeights, Weights
+from pipelines.media.images import open_image
 from pipelines.params import Upscale
-from pipelines.residency import Residency
-from pipelines.tiles import Tile, cut
+from pipelines.residency.residency import Residency
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels, as Pillow has them."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One window along one axis: the network reads `start` to `stop`, and `first` to `last` of it is kept."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of a picture: the network reads `window`, and of that `kept` is kept. The kept parts make the picture."""
+
+    window: Box
+    kept: Box
+
+
+def cut(size: tuple[int, int], side: int, context: int, multiple: int = 1) -> list[Tile]:
+    """Tiles, row by row, of a picture of `size` (width, height); the lengths are as in `cut_length`."""
+    columns, rows = (cut_length(length, side, context, multiple) for length in size)
+    return [Tile((x.start, y.start, x.stop, y.stop), (x.first, y.first, x.last, y.last)) for y in rows for x in columns]
+
+
+def cut_length(length: int, side: int, context: int, multiple: int = 1) -> list[Span]:
+    """The fewest equal windows of about `side` pixels at most that keep `context` real pixels around what is kept.
+
+    A window ends at the picture's edge, never beyond it: there the network pads as it does for a whole picture.
+    Windows start at multiples of `multiple`, where a network that folds pixels sees them as in the whole picture;
+    for that, `side` and `context` are rounded up to it.
+    """
+    side, context = up_to(side, multiple), up_to(context, multiple)
+    count = max(1, ceil_div(length - 2 * context, side - 2 * context))
+    window = up_to(ceil_div(length + 2 * context * (count - 1), count), multiple)
+    room = max(0, length - window)
+    starts = [room * i // max(1, count - 1) // multiple * multiple for i in range(count)]
+    stops = [start + window for start in starts[:-1]] + [length]
+    seams = [(start + stop) // 2 for stop, start in zip(stops, starts[1:], strict=False)]
+    return [Span(*span) for span in zip(starts, stops, *zip(*pairwise([0, *seams, length]), strict=True), strict=True)]
+
+
+def up_to(length: int, multiple: int) -> int:
+    return ceil_div(length, multiple) * multiple
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
 
 WINDOW = {"cuda": 3072, "cpu": 2048}
 """A window's largest side, in pixels of the network's output, where a deep network works on 64 channels.
@@ -32,7 +87,7 @@ CONTEXT = 288
 """Real pixels around each tile, in pixels of the network's output, unless the network's own reach is shorter.
 
 x4plus has the widest view of all: 351 convolutions. On three photos a tile of it differed from the untiled result, of
-255 levels, by at most 14 with 128, 5.1 with 192, 1.05 with 256, 0.58 (PSNR 75 dB) with 288. `scripts/bench_tiles.py`
+255 levels, by at most 14 with 128, 5.1 with 192, 1.05 with 256, 0.58 (PSNR 75 dB) with 288. `scripts/benchmarks/tiles.py`
 prints the difference for all three starter networks on a photo.
 """
 
@@ -184,6 +239,6 @@ def to_pixels(image: Image.Image, device: torch.device) -> torch.Tensor:
 def to_image(pixels: torch.Tensor) -> Image.Image:
     """(1, channels, H, W) in [0, 1] -> 8-bit picture. Raises `BadOutput` where a pixel is NaN."""
     if not torch.isfinite(pixels).all():
-        raise BadOutput("The network made NaN or infinite pixels.")
+        raise InvalidOutput("The network made NaN or infinite pixels.")
     array: Any = (pixels[0] * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
     return Image.fromarray(array)

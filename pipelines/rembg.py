@@ -4,10 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-# rembg imports an alpha matting that is not used here and that numba compiles at import: for a minute, where no earlier
-# import could leave its work in the package's folder. Without numba's compiler the import takes its 2 to 4 seconds.
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
-
 import onnxruntime
 import rembg
 import torch
@@ -16,9 +12,13 @@ from PIL import Image
 from rembg.sessions import sessions
 
 from pipelines.base import Component, Loader, OnStep, UnusableWeights, Weights
-from pipelines.images import open_image
+from pipelines.media.images import open_image
 from pipelines.params import RemoveBackground
-from pipelines.residency import Residency
+from pipelines.residency.residency import Residency
+
+# rembg imports an alpha matting that is not used here and that numba compiles at import: for a minute, where no earlier
+# import could leave its work in the package's folder. Without numba's compiler the import takes its 2 to 4 seconds.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 REFUSALS = (NoSuchFile, InvalidProtobuf, InvalidGraph, InvalidArgument)
 """What onnxruntime raises for a file; other errors are the device's."""

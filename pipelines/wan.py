@@ -1,23 +1,134 @@
 """Wan 2.1: text, image, references or a video's end to video, by diffusers, on components its variants share."""
+# FROM pipelines.wan_starts: What a run of Wan begins with: the caller's files as diffusers' keyword arguments, by architecture and workflow.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
+from PIL import Image, ImageOps
 
-from pipelines.base import Loader, OnStep, UnusableWeights, Weights
-from pipelines.clips import Clip, to_frames
-from pipelines.compiled import compiled
+from pipelines.base import InvalidInput, Loader, OnStep, UnusableWeights, Weights
+from pipelines.diffusion import PromptEncoder, compiled_blocks, step_callback, tiled_decoding
 from pipelines.loading import architecture_of, load_component, load_small, read_json
-from pipelines.lora import worn
-from pipelines.params import ImageToVideo, TextToVideo
-from pipelines.prompts import Prompts
-from pipelines.residency import Residency
-from pipelines.steps import report_steps
-from pipelines.tiling import tiled
-from pipelines.wan_starts import RECIPES, Start, check, check_count
+from pipelines.lora import apply_loras
+from pipelines.media.images import open_covering, open_flat
+from pipelines.media.video import first_frames, last_frames
+from pipelines.media.video_writer import VideoOutput, to_frames
+from pipelines.params import ExtendVideo, ImageToVideo, ReferenceToVideo, TextToVideo
+from pipelines.residency.residency import Residency
+
+FRAMES_PER_LATENT = 4
+SIZE_MULTIPLE = 16
+TRAINED_FRAMES = 81
+CONTEXT_FRAMES = 17
+"""What VACE sees of a video that it extends, at most: a second of motion."""
+UNKNOWN = Image.new("RGB", (1, 1), (128, 128, 128))
+"""Mid-grey is 0 to the VAE: what VACE was trained to see where there is nothing."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a run begins with: diffusers' keyword arguments, and the frames to make.
+
+    The first `repeated` frames stand in the video `after` already. References take latents of their own.
+    """
+
+    inputs: Mapping[str, Any]
+    frames: int
+    repeated: int = 0
+    after: Path | None = None
+    reference_latents: int = 0
+
+
+def from_text(params: TextToVideo) -> Conditioning:
+    return Conditioning({}, params.num_frames)
+
+
+def from_image(params: ImageToVideo) -> Conditioning:
+    """The first frame, or the first and the last."""
+    pictures = [open_covering(path, wan_size(params)) for path in params.images]
+    return Conditioning(dict(zip(("image", "last_image"), pictures, strict=False)), params.num_frames)
+
+
+def from_video_end(params: ExtendVideo) -> Conditioning:
+    """Image to video was trained on one frame that is known, so that is all it sees of the video."""
+    frames = last_frames(params.video, wan_size(params), 1, params.fps)
+    return Conditioning({"image": Image.fromarray(frames[0])}, 1 + params.num_frames, repeated=1, after=params.video)
+
+
+def vace_from_image(params: ImageToVideo) -> Conditioning:
+    check_count(params.images, 1, 2)
+    pictures = [open_covering(path, wan_size(params)) for path in params.images]
+    known = dict(zip((0, params.num_frames - 1), pictures, strict=False))
+    return Conditioning(inpainting(known, params.num_frames, wan_size(params)), params.num_frames)
+
+
+def vace_from_end(params: ExtendVideo) -> Conditioning:
+    """As many of the last frames as leave the length that the model was trained on: 4n + 1, at least one."""
+    wanted = min(CONTEXT_FRAMES, max(1, TRAINED_FRAMES - params.num_frames))
+    frames = last_frames(params.video, wan_size(params), wanted, params.fps)
+    frames = frames[-((len(frames) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1) :]
+    count = len(frames) + params.num_frames
+    known = {n: Image.fromarray(frame) for n, frame in enumerate(frames)}
+    return Conditioning(inpainting(known, count, wan_size(params)), count, repeated=len(frames), after=params.video)
+
+
+def vace_from_references(params: ReferenceToVideo) -> Conditioning:
+    """Pictures of what is to appear; and a video whose shapes and motion are kept, by VACE's task of colouring grey."""
+    inputs: dict[str, Any] = {}
+    if params.images:
+        inputs["reference_images"] = [ImageOps.contain(open_flat(path), wan_size(params)) for path in params.images]
+    if params.video:
+        frames = first_frames(params.video, wan_size(params), params.num_frames, params.fps)
+        greys = [ImageOps.grayscale(Image.fromarray(frame)).convert("RGB") for frame in frames]
+        inputs["video"] = greys + [UNKNOWN.resize(wan_size(params))] * (params.num_frames - len(greys))
+    if not inputs:
+        raise InvalidInput("A reference is needed: images, a video, or both.")
+    return Conditioning(inputs, params.num_frames, reference_latents=len(params.images))
+
+
+def inpainting(known: Mapping[int, Image.Image], count: int, size: tuple[int, int]) -> dict[str, Any]:
+    """VACE's masked video: black where a frame is known, white where one is to be made."""
+    black, white, unknown = Image.new("L", size, 0), Image.new("L", size, 255), UNKNOWN.resize(size)
+    return {
+        "video": [known.get(n, unknown) for n in range(count)],
+        "mask": [black if n in known else white for n in range(count)],
+    }
+
+
+CONDITIONING: Mapping[tuple[str, type[TextToVideo]], Callable[[Any], Conditioning]] = {
+    ("WanPipeline", TextToVideo): from_text,
+    ("WanImageToVideoPipeline", ImageToVideo): from_image,
+    ("WanImageToVideoPipeline", ExtendVideo): from_video_end,
+    ("WanVACEPipeline", TextToVideo): from_text,
+    ("WanVACEPipeline", ImageToVideo): vace_from_image,
+    ("WanVACEPipeline", ReferenceToVideo): vace_from_references,
+    ("WanVACEPipeline", ExtendVideo): vace_from_end,
+}
+
+
+def wan_size(params: TextToVideo) -> tuple[int, int]:
+    return params.width, params.height
+
+
+def check(params: TextToVideo) -> None:
+    if params.width % SIZE_MULTIPLE or params.height % SIZE_MULTIPLE:
+        raise InvalidInput(f"{params.width} x {params.height}: both must be multiples of {SIZE_MULTIPLE}.")
+    added = isinstance(params, ExtendVideo)
+    if (params.num_frames - (0 if added else 1)) % FRAMES_PER_LATENT:
+        rule = "added frames must be a multiple of 4" if added else "frames must be a multiple of 4, and one"
+        raise InvalidInput(f"{params.num_frames} frames: {rule}.")
+
+
+def check_count(images: Sequence[Path], *counts: int) -> None:
+    if len(images) not in counts:
+        takes = " or ".join(map(str, counts))
+        raise InvalidInput(f"This model takes {takes} image{'s' * (max(counts) > 1)}, not {len(images)}.")
+
 
 MAX_TOKENS = 512
 SHIFTED_PIXELS = 600_000
@@ -47,13 +158,13 @@ class Wan:
         self._pipeline, self._denoisers = ARCHITECTURES[self._architecture]
         self._tokenizer = load_small(folder, "tokenizer")
         max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length)
-        self._prompts = Prompts(weights, residency, ("text_encoder",), ("tokenizer",), max_tokens)
+        self._prompts = PromptEncoder(weights, residency, ("text_encoder",), ("tokenizer",), max_tokens)
         self._noise_scheduler = load_small(folder, "scheduler")
         self._image_processor = load_small(folder, "image_processor") if "image_encoder" in self._denoisers else None
         # Only the variant for first and last frames has positions for the tokens of two pictures.
         self._needs_last = bool(read_json(folder / "transformer" / "config.json").get("pos_embed_seq_len"))
 
-    def generate(self, params: TextToVideo, on_step: OnStep) -> Clip:
+    def generate(self, params: TextToVideo, on_step: OnStep) -> VideoOutput:
         """A clip of exactly `params.width` x `params.height` and, but for extending, `params.num_frames`.
 
         Raises `InvalidInput` for a size or length that the model cannot make and for unusable input files, `BadOutput`
@@ -70,10 +181,10 @@ class Wan:
             on_step("decode", 0, 1)
             frames = self._decode(latents[:, :, start.reference_latents :])
             on_step("decode", 1, 1)
-        return Clip(frames[start.repeated :], params.fps, start.after)
+        return VideoOutput(frames[start.repeated :], params.fps, start.after)
 
-    def _start(self, params: TextToVideo) -> Start:
-        recipe = RECIPES.get((self._architecture, type(params)))
+    def _start(self, params: TextToVideo) -> Conditioning:
+        recipe = CONDITIONING.get((self._architecture, type(params)))
         if recipe is None:
             raise UnusableWeights(f"{self._weights.folder}: a {self._architecture} cannot run {type(params).__name__}")
         if self._architecture == "WanImageToVideoPipeline" and isinstance(params, ImageToVideo):
@@ -97,13 +208,18 @@ class Wan:
         return self._prompts.embeds(text, encode)[0]
 
     def _denoise(
-        self, params: TextToVideo, start: Start, embeds: dict[str, Any], generator: torch.Generator, on_step: OnStep
+        self,
+        params: TextToVideo,
+        start: Conditioning,
+        embeds: dict[str, Any],
+        generator: torch.Generator,
+        on_step: OnStep,
     ) -> torch.Tensor:
         """Latents (1, channels, count, height / 8, width / 8); the references' come first."""
         pipe = self._pipe(self._pipeline, params, *self._denoisers)
-        tiles = tiled(pipe.vae, self._residency.way.tiled and pipe.vae is not None)
-        faster = compiled(pipe.transformer, self._weights.compiled and not params.loras)
-        with worn(pipe, params.loras, self._residency.device), tiles, faster:
+        tiles = tiled_decoding(pipe.vae, self._residency.way.tiled and pipe.vae is not None)
+        faster = compiled_blocks(pipe.transformer, self._weights.compiled and not params.loras)
+        with apply_loras(pipe, params.loras, self._residency.device), tiles, faster:
             return pipe(
                 **start.inputs,
                 **embeds,
@@ -113,7 +229,7 @@ class Wan:
                 num_inference_steps=params.num_inference_steps,
                 guidance_scale=params.guidance_scale,
                 generator=generator,
-                callback_on_step_end=report_steps(on_step),
+                callback_on_step_end=step_callback(on_step),
                 output_type="latent",
                 return_dict=False,
             )[0]
@@ -126,7 +242,7 @@ class Wan:
             torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        with tiled(vae, self._residency.way.tiled):
+        with tiled_decoding(vae, self._residency.way.tiled):
             return to_frames(vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][0])
 
     def _pipe(self, pipeline: Any, params: TextToVideo, *names: str) -> Any:

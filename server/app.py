@@ -10,30 +10,28 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.api import (
-    account,
-    admin,
-    admin_books,
-    admin_keys,
-    auth,
-    auth_keys,
-    auth_user,
-    devices,
-    files,
-    health,
-    images,
-    jobs,
-    models,
-    queue,
-    videos,
-)
-from server.cors import Cors
-from server.envelope import BodyLimit, LateHeaders, RequestId
+from server.api import account, files, generation, health, jobs, models
+from server.api.admin import jobs as admin_jobs
+from server.api.admin import keys as admin_keys
+from server.api.admin import queue as admin_queue
+from server.api.admin import reports as admin_reports
+from server.api.admin import users as admin_users
+from server.api.auth import keys as auth_keys
+from server.api.auth import sessions as auth_sessions
+from server.api.auth import users as auth_users
+from server.api.middleware import BodyLimit, Cors, RequestId, ResponseHeaders
+from server.db.database import database_error_response
 from server.errors import BadRequest, InternalError, InvalidBody, MethodNotAllowed, NotFound, PlantainError
-from server.opening import as_told
 from server.services import Services
 
 log = logging.getLogger("plantain.http")
+
+ROUTERS = (
+    generation.router, jobs.router, models.router, account.router, files.router, health.router,
+    admin_users.router, admin_keys.router, admin_jobs.router, admin_queue.router, admin_reports.router,
+    auth_sessions.router, auth_users.router, auth_keys.router, auth_sessions.not_found_router,
+)  # fmt: skip
+"""The catch-all of the sign-in routes comes last."""
 
 
 def create_app(services: Services) -> FastAPI:
@@ -53,27 +51,23 @@ def create_app(services: Services) -> FastAPI:
         redoc_url=None,
     )
     app.state.services = services
-    for routes in (images, videos, jobs, models, account, files, health, devices):
-        app.include_router(routes.router)
-    for admin_routes in (admin, admin_keys, admin_books, queue):
-        app.include_router(admin_routes.router)
-    for auth_routes in (auth.router, auth_user.router, auth_keys.router, auth.nowhere):
-        app.include_router(auth_routes)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_middleware(BodyLimit)
-    app.add_middleware(LateHeaders)
+    app.add_middleware(ResponseHeaders)
     if services.settings.trusted_origins:
         app.add_middleware(Cors, trusted=services.settings.trusted_origins)
     app.add_middleware(RequestId)
-    app.add_exception_handler(PlantainError, _tell)
-    app.add_exception_handler(RequestValidationError, _tell)
-    app.add_exception_handler(HTTPException, _tell)
-    app.add_exception_handler(Exception, _tell)
+    app.add_exception_handler(PlantainError, error_response)
+    app.add_exception_handler(RequestValidationError, error_response)
+    app.add_exception_handler(HTTPException, error_response)
+    app.add_exception_handler(Exception, error_response)
     return app
 
 
-async def _tell(request: Request, error: Exception) -> JSONResponse:
+async def error_response(request: Request, error: Exception) -> JSONResponse:
     """Turn whatever was raised into the envelope. What is not of our tree is logged, and its text kept here."""
-    told = _of_our_tree(request, error)
+    told = to_plantain_error(request, error)
     request_id = request.scope["request_id"]
     body = told.body(request_id)
     problem = "application/problem+json" in request.headers.get("accept", "")
@@ -82,13 +76,13 @@ async def _tell(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, told.status, headers, media_type)
 
 
-def _of_our_tree(request: Request, error: Exception) -> PlantainError:
+def to_plantain_error(request: Request, error: Exception) -> PlantainError:
     match error:
         case PlantainError():
             return error
         case sqlite3.DatabaseError():
             log.error("request %s: the database: %s", request.scope["request_id"], error)
-            return as_told(error)
+            return database_error_response(error)
         case RequestValidationError():
             issues = [{"path": str(each["loc"][-1]), "message": each["msg"]} for each in error.errors()]
             text = "; ".join(f"{issue['path']}: {issue['message']}" for issue in issues)

@@ -253,3 +253,9 @@ def _tree(cls: type[PlantainError]) -> Iterator[type[PlantainError]]:
     for sub in cls.__subclasses__():
         yield sub
         yield from _tree(sub)
+
+
+class UnsupportedDuration(InvalidBody):
+    """With `durations`."""
+
+    code, title = "UNSUPPORTED_DURATION", "Unsupported duration"

@@ -4,27 +4,27 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pipelines.catalog import Catalog
-from pipelines.installed import Installed
-from server import accounts, open_mode
-from server.addresses import Guard
-from server.auth import parts
-from server.auth.parts import Auth
-from server.clips import Clips
-from server.devices import DeviceSpec, inventory
-from server.dispatcher import Dispatcher
-from server.gate import Gate
-from server.intake import Intake
-from server.media import Media
-from server.outputs import Files
-from server.plans import Plans
-from server.prices import FalPrice, fal_prices
-from server.remote import parts as remote
-from server.remote.desk import Desk
-from server.remote.errand import Timing
-from server.settings import Settings
-from server.shelf import Shelf
-from server.store import Store
+from pipelines.catalog.catalog import Catalog
+from pipelines.weights.installed import Installed
+from server import auth
+from server.accounts import admin
+from server.accounts.authorization import Authorizer
+from server.accounts.plans import Plans
+from server.accounts.pricing import FalPrice, fal_prices
+from server.auth import Auth
+from server.db.database import Database
+from server.dispatch.dispatcher import Dispatcher
+from server.files.fetch import AddressGuard
+from server.files.inputs import ImageInputs, VideoInputs
+from server.files.store import FileStore
+from server.intake.intake import Intake
+from server.jobs.store import JobStore
+from server.model_registry import ModelRegistry
+from server.remote import runner
+from server.remote.job import RemoteTimeouts
+from server.remote.runner import RemoteRunner
+from server.settings import Settings, check_settings
+from server.workers.devices import DeviceSpec, inventory
 
 Clock = Callable[[], float]
 
@@ -35,81 +35,84 @@ STRAY_AGE_S = 3600.0
 @dataclass(frozen=True)
 class Services:
     settings: Settings
-    store: Store
-    files: Files
-    shelf: Shelf
-    media: Media
+    database: Database
+    jobs: JobStore
+    files: FileStore
+    registry: ModelRegistry
+    media: ImageInputs
     dispatcher: Dispatcher
     intake: Intake
     auth: Auth
     plans: Plans
-    gate: Gate
+    authorizer: Authorizer
     fal_prices: Mapping[str, FalPrice]
     clock: Clock
     first_key: str | None
     """The owner's API key, on the very first start only."""
 
     async def start(self) -> None:
-        known = await self.store.call(self.store.file_names)
+        known = await self.database.call(self.jobs.file_names)
         self.files.sweep(known, older_than_s=STRAY_AGE_S)
         await self.dispatcher.start()
 
     async def stop(self) -> None:
         await self.dispatcher.stop()
         await self.auth.stop()
-        self.store.close()
+        self.database.close()
 
 
-def make(
+def build_services(
     settings: Settings,
     devices: list[DeviceSpec] | None = None,
     clock: Clock = time.time,
-    timing: Timing | None = None,
+    timing: RemoteTimeouts | None = None,
 ) -> Services:
     """Opens the database and the folders; starts nothing yet."""
-    open_mode.check_settings(settings)
+    check_settings(settings)
     plans = Plans.load(settings.plans_toml)
-    store = Store(settings.database)
-    with store.atomic() as db:
-        first_key = accounts.create_owner(db, clock())
-    files = Files(settings.files)
-    shelf = Shelf(Catalog.load(settings.weights_toml), Installed(settings.weights, settings.demo))
-    media = Media(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
-    desk = remote.make(settings, shelf.catalog, files, clock, timing)
-    dispatcher = make_dispatcher(settings, store, files, shelf, devices, desk, clock)
-    clips = Clips(files, Guard(settings.allowed_networks), offline=settings.offline)
-    intake = Intake(shelf, media, clips, files, dispatcher, desk, settings.route)
+    database = Database(settings.database)
+    jobs = JobStore(database)
+    with database.atomic() as db:
+        first_key = admin.create_owner(db, clock())
+    files = FileStore(settings.files)
+    registry = ModelRegistry(Catalog.load(settings.weights_toml), Installed(settings.weights, settings.demo))
+    media = ImageInputs(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
+    desk = runner.build_remote(settings, registry.catalog, files, clock, timing)
+    dispatcher = build_dispatcher(settings, jobs, files, registry, devices, desk, clock)
+    clips = VideoInputs(files, AddressGuard(settings.allowed_networks), offline=settings.offline)
+    intake = Intake(registry, media, clips, files, dispatcher, desk, settings.route)
     return Services(
         settings=settings,
-        store=store,
+        database=database,
+        jobs=jobs,
         files=files,
-        shelf=shelf,
+        registry=registry,
         media=media,
         dispatcher=dispatcher,
         intake=intake,
-        auth=parts.make(settings),
+        auth=auth.build_auth(settings),
         plans=plans,
-        gate=Gate(store, plans),
+        authorizer=Authorizer(database, plans),
         fal_prices=fal_prices(settings.fal_prices_toml),
         clock=clock,
         first_key=first_key,
     )
 
 
-def make_dispatcher(
+def build_dispatcher(
     settings: Settings,
-    store: Store,
-    files: Files,
-    shelf: Shelf,
+    jobs: JobStore,
+    files: FileStore,
+    registry: ModelRegistry,
     devices: list[DeviceSpec] | None,
-    desk: Desk,
+    desk: RemoteRunner,
     clock: Clock,
 ) -> Dispatcher:
     """`devices` is None for those that the machine has."""
     return Dispatcher(
-        store,
+        jobs,
         files,
-        shelf,
+        registry,
         inventory(settings.budget_bytes) if devices is None else devices,
         desk=desk,
         max_queued=settings.max_queued,

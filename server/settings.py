@@ -1,4 +1,5 @@
-"""What an operator may choose, read once into a frozen dataclass."""
+"""The open server: for one person on their own machine, who needs no key. Refused where others could reach it."""
+# FROM server.settings: What an operator may choose, read once into a frozen dataclass.
 
 import ipaddress
 import os
@@ -141,3 +142,37 @@ def _networks(text: str) -> tuple[Network, ...]:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+ANY_ADDRESS = {"0.0.0.0", "::"}  # noqa: S104 - what was asked to listen on is not what one calls
+
+
+def address_of(settings: Settings) -> str:
+    """For links in mails and for redirects. Never the Host header: whoever sends it would choose where tokens go."""
+    host = "127.0.0.1" if settings.host in ANY_ADDRESS else settings.host
+    return (settings.public_url or f"http://{f'[{host}]' if ':' in host else host}:{settings.port}").rstrip("/")
+
+
+class OpenToAll(SettingsError):
+    """`--open` on an address that others can reach."""
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises OpenToAll unless this was said twice."""
+    if settings.open and not settings.open_to_the_network and not is_loopback(settings.host):
+        raise OpenToAll(
+            f"--open lets everyone who reaches {settings.host} do everything, without a key. Listen on 127.0.0.1, "
+            "or say --open-to-the-network as well."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from server.settings import Settings
-from tests.fake_fal import FakeFal
-from tests.house import House, furnish, running
+from tests.support.fal import FakeFal
+from tests.support.server import House, furnish, running
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.catalog import Catalog
+from pipelines.catalog.catalog import Catalog
 from server.errors import PlantainError, _tree
 from server.settings import PROJECT, Settings, from_environment
-from tests.house import House
+from tests.support.server import House
 
 README = (PROJECT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in (PROJECT / "docs").glob("*.md")}

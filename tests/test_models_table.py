@@ -3,7 +3,7 @@
 import importlib.util
 from types import ModuleType
 
-from pipelines.catalog import Catalog
+from pipelines.catalog.catalog import Catalog
 from server.settings import PROJECT
 
 
@@ -18,7 +18,7 @@ def script() -> ModuleType:
 def test_the_page_is_what_the_script_makes():
     made = script()
     written = made.DOCS.read_text("utf-8")
-    assert written == made.page(Catalog.load()), "run scripts/models_table.py"
+    assert written == made.page(Catalog.load()), "run scripts/tools/models_table.py"
 
 
 def test_the_page_has_every_model_workflow_and_endpoint():

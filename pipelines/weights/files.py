@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from pipelines.weights.errors import HashMismatch, NothingToPull, PickleRefused
-from pipelines.weights.formats import GGUF, PICKLES, WEIGHTS
+from pipelines.weights.formats import GGUF_SUFFIX, PICKLES, WEIGHTS
 
 KEPT = (".safetensors", ".onnx", ".json", ".txt", ".model")
 """Weights, configurations and tokenizers. A GGUF file only where it is named: many repositories hold a dozen."""
@@ -69,7 +69,7 @@ def choose(names: Iterable[str], origin: str, files: tuple[str, ...] = (), skip:
 
 def wanted(name: str, files: tuple[str, ...] = ()) -> bool:
     path = PurePosixPath(name)
-    if path.suffix == GGUF:
+    if path.suffix == GGUF_SUFFIX:
         return inside(name) and name in files
     return inside(name) and path.suffix in KEPT and not VARIANT.search(path.name)
 

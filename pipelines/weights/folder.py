@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.catalog import Model
+from pipelines.catalog.catalog import Model
 from pipelines.weights.errors import NotFound
 from pipelines.weights.files import File, Listing, OnBytes, choose, inside
 from pipelines.weights.formats import refuse_pickle_name

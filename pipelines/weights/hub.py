@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines.catalog import Model, Source
+from pipelines.catalog.catalog import Model, Source
 from pipelines.weights.errors import Gated, NotFound, Offline, Unreachable
 from pipelines.weights.files import File, Listing, OnBytes, choose
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.catalog import Model
+from pipelines.catalog.catalog import Model
 from pipelines.weights.errors import NotEnoughSpace, PullError
 from pipelines.weights.files import File, Listing, Origin, check_hashes, digest, size_text
 from pipelines.weights.formats import check_content
@@ -36,18 +36,18 @@ def install(model: Model, root: Path, origin: Origin, source: dict[str, Any], on
     listing = origin.listing()
     staging = root / PARTIAL / f"{model.id}@{listing.fingerprint}"
     staging.mkdir(parents=True, exist_ok=True)
-    link_what_is_here(listing, staging, root)
+    link_existing_files(listing, staging, root)
     check_space(model, listing, staging)
-    meter = Meter(model, listing, staging, on_progress)
+    meter = DownloadProgress(model, listing, staging, on_progress)
     files = {file.name: stage(file, staging, origin, meter) for file in listing.files}
     entry = Entry(model.id, source, listing.commit, model.licence, now(), files)
     swap(staging, root / model.id)
     record(root, model.id, entry)
-    forget_partials(model, root)
+    delete_partials(model, root)
     return entry
 
 
-def link_what_is_here(listing: Listing, staging: Path, root: Path) -> None:
+def link_existing_files(listing: Listing, staging: Path, root: Path) -> None:
     """Files with a hash that another model, or an older version, has already: Flux's encoders are fetched once.
 
     Not those used in place: they are somebody else's to change.
@@ -75,7 +75,7 @@ def link_or_copy(same: Path, target: Path) -> None:
 
 
 def check_space(model: Model, listing: Listing, staging: Path) -> None:
-    needed_bytes = sum(file.size_bytes or 0 for file in listing.files) - sum(here_bytes(listing, staging))
+    needed_bytes = sum(file.size_bytes or 0 for file in listing.files) - sum(staged_bytes(listing, staging))
     free_bytes = shutil.disk_usage(staging).free
     if needed_bytes > free_bytes:
         raise NotEnoughSpace(
@@ -85,7 +85,7 @@ def check_space(model: Model, listing: Listing, staging: Path) -> None:
         )
 
 
-def here_bytes(listing: Listing, staging: Path) -> list[int]:
+def staged_bytes(listing: Listing, staging: Path) -> list[int]:
     """What of each file is staged already, whole or in part."""
     paths = (staging / file.name for file in listing.files)
     return [size_of(path) or size_of(part_of(path)) or 0 for path in paths]
@@ -95,21 +95,21 @@ def part_of(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-class Meter:
+class DownloadProgress:
     """Adds up the bytes of all files and tells how far the model is."""
 
     def __init__(self, model: Model, listing: Listing, staging: Path, on_progress: OnProgress) -> None:
         self.model, self.on_progress = model, on_progress
         sizes = [file.size_bytes for file in listing.files]
         self.total_bytes = None if None in sizes else sum(size or 0 for size in sizes)
-        self.done_bytes = sum(here_bytes(listing, staging))
+        self.done_bytes = sum(staged_bytes(listing, staging))
 
     def add(self, file: File, size_bytes: int) -> None:
         self.done_bytes += size_bytes
         self.on_progress(Progress(self.model.id, file.name, self.done_bytes, self.total_bytes))
 
 
-def stage(file: File, staging: Path, origin: Origin, meter: Meter) -> FileRecord:
+def stage(file: File, staging: Path, origin: Origin, meter: DownloadProgress) -> FileRecord:
     """A file has its own name only once it is whole and checked; until then it is a `.part`."""
     target = staging / file.name
     if target.exists():
@@ -142,7 +142,7 @@ def swap(staging: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def forget_partials(model: Model, root: Path) -> None:
+def delete_partials(model: Model, root: Path) -> None:
     """Parts of other versions, which nobody will complete."""
     for leftover in (root / PARTIAL).glob(f"{model.id}@*"):
         shutil.rmtree(leftover, ignore_errors=True)

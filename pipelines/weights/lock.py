@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.catalog import Source
+from pipelines.catalog.catalog import Source
 from pipelines.weights.errors import PullError
 
 NAME = "weights.lock"

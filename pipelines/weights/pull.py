@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.catalog import Model, Source
+from pipelines.catalog.catalog import Model, Source
 from pipelines.weights.errors import LicenceNotAccepted, NothingToPull, Offline
 from pipelines.weights.files import File, Origin, check_hashes
 from pipelines.weights.folder import find_files

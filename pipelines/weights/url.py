@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pipelines.catalog import Model, Source
+from pipelines.catalog.catalog import Model, Source
 from pipelines.weights.errors import NotFound, Unreachable
 from pipelines.weights.files import File, Listing, OnBytes
 from pipelines.weights.formats import refuse_pickle_name

@@ -1,14 +1,44 @@
 """Reads every installed file again and tells which are not what `weights.lock` says."""
+# FROM pipelines.weights.sums: `SHA256SUMS`: what the files of weights that come with the program should be, as coreutils' `sha256sum` writes it.
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelines.catalog import Catalog
-from pipelines.weights.files import digest
+from pipelines.catalog.catalog import Catalog
+from pipelines.weights.errors import Damaged
+from pipelines.weights.files import digest, inside
 from pipelines.weights.lock import Entry, FileRecord, Lock, size_of
-from pipelines.weights.sums import read_entry
+
+SUMS_NAME = "SHA256SUMS"
+SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def read_sums(folder: Path) -> Mapping[str, str]:
+    """Each file's sha256, by its name in the folder. Raises `Damaged`."""
+    try:
+        lines = [SUMS_LINE.fullmatch(line) for line in (folder / SUMS_NAME).read_text("utf-8").splitlines()]
+    except FileNotFoundError:
+        raise Damaged(f"{folder} has no {SUMS_NAME}; scripts/sums writes it.") from None
+    if not lines or not all(line and inside(line[2]) for line in lines):
+        raise Damaged(f"{folder / SUMS_NAME} is not what sha256sum writes.")
+    return {line[2]: line[1] for line in lines if line}
+
+
+def read_entry(folder: Path) -> Entry | None:
+    """The folder as if it was installed; None where there is no such folder. Raises `Damaged` if a file is missing."""
+    if not folder.is_dir():
+        return None
+    files = {}
+    for name, sha256 in read_sums(folder).items():
+        size_bytes = size_of(folder / name)
+        if size_bytes is None:
+            raise Damaged(f"{folder / name} is missing.")
+        files[name] = FileRecord(size_bytes, sha256)
+    return Entry(str(folder), {}, None, "", "", files)
+
 
 OnFile = Callable[[str, Path], None]
 

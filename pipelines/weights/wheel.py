@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from zipfile import ZipFile
 
-from pipelines.catalog import Model, Source
+from pipelines.catalog.catalog import Model, Source
 from pipelines.weights import ncnn
 from pipelines.weights.errors import HashMismatch, NotFound, Unreachable
 from pipelines.weights.files import File, Listing, OnBytes, mismatch

@@ -1,1 +1,1 @@
-"""The little world of the demo weights, and how they are trained and scored. `scripts/train_demo.py` is the way in."""
+"""The little world of the demo weights, and how they are trained and scored. `scripts/demo/train.py` is the way in."""

@@ -8,14 +8,12 @@ from random import Random
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from scripts.demo.deeper import deepened
-from scripts.demo.denoise import noise_shares, weights_of
-from scripts.demo.hints import CELLS, Hinted
+from scripts.demo.auxiliary_losses import CELLS, Hinted
+from scripts.demo.grow import deepened
 from scripts.demo.image_vae import train_image_vae
-from scripts.demo.learn import FURTHER_RATE, device, fastest, learn
-from scripts.demo.text import TOKENS, WIDTH, tokens_of, train_clip, train_t5
-from scripts.demo.words import describe, instruct, strange
-from scripts.demo.world import (
+from scripts.demo.losses import noise_shares, weights_of
+from scripts.demo.prompts import describe, instruct, strange
+from scripts.demo.scenes import (
     ATTRIBUTES,
     COLOURS,
     Scene,
@@ -25,6 +23,8 @@ from scripts.demo.world import (
     nameless_colour,
     random_scene,
 )
+from scripts.demo.text_encoders import TOKENS, WIDTH, tokens_of, train_clip, train_t5
+from scripts.demo.training import FURTHER_RATE, device, fastest, learn
 
 STEPS = 16_000
 BATCH = 32

@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from scripts.demo.learn import device, learn
-from scripts.demo.world import draw, draw_batch, random_scene, rgb
+from scripts.demo.scenes import draw, draw_batch, random_scene, rgb
+from scripts.demo.training import device, learn
 
 SIDE = 256
 STEPS, SHARPEN_STEPS = 2_000, 2_400

@@ -12,14 +12,14 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 
-from scripts.demo.deeper import deepened
-from scripts.demo.denoise import noise_shares, weights_of
-from scripts.demo.hints import CELLS, Hinted
-from scripts.demo.learn import FURTHER_RATE, device, fastest, learn
-from scripts.demo.moving import clips_to_learn_from, prompt
-from scripts.demo.text import VIDEO_STEPS, WIDTH, tokens_of, train_t5
+from scripts.demo.auxiliary_losses import CELLS, Hinted
+from scripts.demo.grow import deepened
+from scripts.demo.losses import noise_shares, weights_of
+from scripts.demo.motion import clips_to_learn_from, prompt
+from scripts.demo.scenes import Scene
+from scripts.demo.text_encoders import VIDEO_STEPS, WIDTH, tokens_of, train_t5
+from scripts.demo.training import FURTHER_RATE, device, fastest, learn
 from scripts.demo.video_vae import train_ltx_vae
-from scripts.demo.world import Scene
 
 STEPS = 3_500
 BLOCKS = 6

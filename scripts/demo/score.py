@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
-from scripts.demo.score_clips import score_video
-from scripts.demo.score_pictures import score_flux
-from scripts.demo.trial import Tally
+from scripts.demo.evaluate_images import score_flux
+from scripts.demo.evaluate_videos import score_video
+from scripts.demo.evaluation import Tally
 
 SCORES: dict[str, Callable[[int], Iterable[Tally]]] = {
     "flux": score_flux,

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan
 from torch.nn import functional
 
 from scripts.demo.image_vae import piece, start
-from scripts.demo.learn import device, learn
-from scripts.demo.moving import draw_clip, random_moving, random_start
-from scripts.demo.world import LATTICE
+from scripts.demo.motion import draw_clip, random_moving, random_start
+from scripts.demo.scenes import LATTICE
+from scripts.demo.training import device, learn
 
 LTX_STEPS, WAN_STEPS = 5_000, 2_600
 SIDE, PIECE = 128, 64

@@ -8,13 +8,13 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanVACEPipeline, WanVACETransformer3DModel
 from torch.nn import functional
 
-from scripts.demo.denoise import noise_shares, weights_of
-from scripts.demo.hints import CELLS, Hinted
-from scripts.demo.learn import FURTHER_RATE, device, fastest, learn
-from scripts.demo.moving import clips_to_learn_from, prompt
-from scripts.demo.text import VIDEO_STEPS, WIDTH, tokens_of, train_umt5
+from scripts.demo.auxiliary_losses import CELLS, Hinted
+from scripts.demo.losses import noise_shares, weights_of
+from scripts.demo.motion import clips_to_learn_from, prompt
+from scripts.demo.scenes import Scene
+from scripts.demo.text_encoders import VIDEO_STEPS, WIDTH, tokens_of, train_umt5
+from scripts.demo.training import FURTHER_RATE, device, fastest, learn
 from scripts.demo.video_vae import train_wan_vae
-from scripts.demo.world import Scene
 
 STEPS = 2_600
 TOKENS = 3_456

@@ -1,46 +1,83 @@
-"""How the four generation routes answer: wait for the job, or `202` to `Prefer: respond-async`."""
+"""The video route of the hosted API."""
+# FROM server.api.once: The Idempotency-Key of a generation call: the same key with the same body is the same job.
+# FROM server.api.generation: How the four generation routes answer: wait for the job, or `202` to `Prefer: respond-async`.
+# FROM server.api.images: The three image routes of the hosted API.
 
 import asyncio
 import re
+from collections.abc import Sequence
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
-from pipelines.params import Body
-from server.accounts import Caller
-from server.api.entrance import read_books
-from server.api.jobs import job_json, output_json, weights_header
-from server.api.once import accept_once
+from pipelines.params import Body, GenerateImage, GenerateVideo, RemoveBackgroundOf, UpscaleImage
+from server.accounts.users import Caller
+from server.api.dependencies import BaseUrl, CurrentCaller, ServicesDep, body_of, refresh_balance, schema_of
+from server.api.middleware import set_header
+from server.api.schemas import job_json, output_json, weights_header
 from server.errors import ConcurrencyLimit, GenerationFailed, JobWasCancelled, PlantainError, from_code
-from server.intake import Accepted
-from server.jobs import Job
+from server.intake.intake import AcceptedJob, _replay
+from server.jobs import idempotency
+from server.jobs.job import IdempotencyClaim, Job
 from server.services import Services
+
+router = APIRouter()
+
+
+async def accept_once(
+    request: Request, services: Services, caller: Caller, kind: str, body: Body, own_bases: Sequence[str]
+) -> AcceptedJob:
+    """The job of this request: a new one, or the one that its Idempotency-Key stands for, ended or not.
+
+    A key that another call takes in the meantime stands for that call's job from then on: charged is only one.
+    """
+    claim, route = await _claim_of(request, body), request.headers.get("x-route")
+    while claim:
+        found, claim = await services.database.call(_replay, services.jobs, caller.user_id, claim, services.clock())
+        if found:
+            set_header(request, "Idempotent-Replayed", "true")
+            return found
+        try:
+            return await services.intake.accept(caller, kind, body, own_bases, claim, route)
+        except idempotency.KeyAlreadyClaimed:
+            continue
+    return await services.intake.accept(caller, kind, body, own_bases, route=route)
+
+
+async def _claim_of(request: Request, body: Body) -> IdempotencyClaim | None:
+    """A body with a picture in it takes long to hash: off the event loop with it."""
+    key = idempotency.parse(request.headers.getlist("idempotency-key"))
+    if key is None:
+        return None
+    return IdempotencyClaim(request.url.path, key, await asyncio.to_thread(idempotency.hash_of, body))
+
 
 RETRY_AFTER_S = 2
 
 
-async def answer(
-    request: Request, served: Services, caller: Caller, kind: str, body: Body, base_url: str
+async def run_generation(
+    request: Request, services: Services, caller: Caller, kind: str, body: Body, base_url: str
 ) -> JSONResponse:
     """Run one request to its documented answer. What it raises becomes the error envelope."""
     own_bases = (base_url, str(request.base_url).rstrip("/"))
     try:
-        accepted = await accept_once(request, served, caller, kind, body, own_bases)
+        accepted = await accept_once(request, services, caller, kind, body, own_bases)
     except ConcurrencyLimit:
-        await read_books(request, served, caller.user_id)
+        await refresh_balance(request, services, caller.user_id)
         raise
     respond_async, wait_s = preferences(request.headers.get("prefer", ""))
     try:
         async with asyncio.timeout(wait_s if respond_async else None):
-            job = await served.dispatcher.wait(accepted.job.id)
+            job = await services.dispatcher.wait(accepted.job.id)
     except TimeoutError:
-        await read_books(request, served, caller.user_id)
-        return _accepted(served, accepted, base_url)
-    balance = await read_books(request, served, caller.user_id)
+        await refresh_balance(request, services, caller.user_id)
+        return _accepted(services, accepted, base_url)
+    balance = await refresh_balance(request, services, caller.user_id)
     if job.status != "succeeded":
         raise _failure(job, balance)
     headers = _headers(accepted, balance) | {"X-Served-By": job.served_by or ""}
-    return JSONResponse(output_json(served, job, base_url), headers=headers)
+    return JSONResponse(output_json(services, job, base_url), headers=headers)
 
 
 def preferences(prefer: str) -> tuple[bool, float]:
@@ -50,17 +87,17 @@ def preferences(prefer: str) -> tuple[bool, float]:
     return "respond-async" in tokens, float(waits[0]) if waits else 0.0
 
 
-def _accepted(served: Services, accepted: Accepted, base_url: str) -> JSONResponse:
+def _accepted(services: Services, accepted: AcceptedJob, base_url: str) -> JSONResponse:
     location = f"/api/jobs/{accepted.job.id}"
     headers = _headers(accepted, accepted.balance) | {
         "Location": location,
         "Preference-Applied": "respond-async",
         "Retry-After": str(RETRY_AFTER_S),
     }
-    return JSONResponse(job_json(served, accepted.job, base_url), status_code=202, headers=headers)
+    return JSONResponse(job_json(services, accepted.job, base_url), status_code=202, headers=headers)
 
 
-def _headers(accepted: Accepted, balance: int) -> dict[str, str]:
+def _headers(accepted: AcceptedJob, balance: int) -> dict[str, str]:
     headers = {
         "X-Job-Id": accepted.job.id,
         "X-Credits-Charged": str(accepted.job.credits),
@@ -86,3 +123,47 @@ def _failure(job: Job, balance: int) -> PlantainError:
     extra = {name: value for name, value in error.items() if name not in ("error", "code")}
     extra |= {"refunded": job.credits, "balance": balance, "jobId": job.id}
     return cls(error.get("error", cls.title), headers=headers, **extra)
+
+
+@router.post("/api/image/fal/generate", openapi_extra=schema_of(GenerateImage))
+async def generate_image(
+    request: Request,
+    caller: CurrentCaller,
+    body: Annotated[GenerateImage, Depends(body_of(GenerateImage))],
+    services: ServicesDep,
+    base_url: BaseUrl,
+) -> JSONResponse:
+    return await run_generation(request, services, caller, "image", body, base_url)
+
+
+@router.post("/api/image/fal/upscale", openapi_extra=schema_of(UpscaleImage))
+async def upscale(
+    request: Request,
+    caller: CurrentCaller,
+    body: Annotated[UpscaleImage, Depends(body_of(UpscaleImage))],
+    services: ServicesDep,
+    base_url: BaseUrl,
+) -> JSONResponse:
+    return await run_generation(request, services, caller, "upscale", body, base_url)
+
+
+@router.post("/api/image/fal/remove-bg", openapi_extra=schema_of(RemoveBackgroundOf))
+async def remove_background(
+    request: Request,
+    caller: CurrentCaller,
+    body: Annotated[RemoveBackgroundOf, Depends(body_of(RemoveBackgroundOf))],
+    services: ServicesDep,
+    base_url: BaseUrl,
+) -> JSONResponse:
+    return await run_generation(request, services, caller, "remove-bg", body, base_url)
+
+
+@router.post("/api/video/fal/generate", openapi_extra=schema_of(GenerateVideo))
+async def generate_video(
+    request: Request,
+    caller: CurrentCaller,
+    body: Annotated[GenerateVideo, Depends(body_of(GenerateVideo))],
+    services: ServicesDep,
+    base_url: BaseUrl,
+) -> JSONResponse:
+    return await run_generation(request, services, caller, "video", body, base_url)

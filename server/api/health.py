@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from server.api.common import Served
+from server.api.dependencies import ServicesDep
 
 router = APIRouter()
 
@@ -15,9 +15,9 @@ async def healthz() -> JSONResponse:
 
 
 @router.get("/readyz")
-async def readyz(served: Served) -> JSONResponse:
+async def readyz(services: ServicesDep) -> JSONResponse:
     """200 once a worker can serve and the database can be written; 503 with what is wrong otherwise."""
-    dispatcher = served.dispatcher
+    dispatcher = services.dispatcher
     workers = {device: worker.status for device, worker in dispatcher.workers.items()}
     body = {"status": "ready" if dispatcher.ready else "not ready", "workers": workers, "trouble": dispatcher.trouble}
     return JSONResponse(body, status_code=200 if dispatcher.ready else 503)

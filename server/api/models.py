@@ -5,9 +5,9 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from pipelines.catalog import Model
+from pipelines.catalog.catalog import Model
 from pipelines.params import Body, GenerateImage, GenerateVideo, RemoveBackgroundOf, UpscaleImage
-from server.api.common import Authenticated, Served
+from server.api.dependencies import CurrentCaller, ServicesDep
 from server.services import Services
 
 router = APIRouter()
@@ -21,17 +21,17 @@ BODIES: dict[str, type[Body]] = {
 
 
 @router.get("/api/models")
-async def list_models(_: Authenticated, served: Served) -> JSONResponse:
-    models = [model_json(served, model) for model in served.shelf.catalog.models.values()]
+async def list_models(_: CurrentCaller, services: ServicesDep) -> JSONResponse:
+    models = [model_json(services, model) for model in services.registry.catalog.models.values()]
     return JSONResponse({"models": models, "nextCursor": None})
 
 
 @router.get("/api/models/{name}")
-async def read_model(name: str, _: Authenticated, served: Served) -> JSONResponse:
-    return JSONResponse(model_json(served, served.shelf.find(name)))
+async def read_model(name: str, _: CurrentCaller, services: ServicesDep) -> JSONResponse:
+    return JSONResponse(model_json(services, services.registry.find(name)))
 
 
-def model_json(served: Services, model: Model) -> dict[str, Any]:
+def model_json(services: Services, model: Model) -> dict[str, Any]:
     """`schema` is the JSON Schema of the body that the model's route takes."""
     retired = model.retired and {"date": model.retired.date, "successor": model.retired.successor}
     return {
@@ -41,13 +41,13 @@ def model_json(served: Services, model: Model) -> dict[str, Any]:
         "workflows": list(model.workflows),
         "credits": {"base": model.credits.base, "perSecond": model.credits.per_second},
         "runsOn": model.runs_on,
-        "weights": served.shelf.installed.status(model),
+        "weights": services.registry.installed.status(model),
         "licence": model.licence,
         "aliases": list(model.aliases),
         "schema": BODIES[model.kind].model_json_schema(),
         "retired": retired,
         "loras": [
-            {"id": name, "installed": served.shelf.installed.status(lora) == "installed"}
+            {"id": name, "installed": services.registry.installed.status(lora) == "installed"}
             for name, lora in model.loras.items()
         ],
     }

@@ -6,12 +6,12 @@ from typing import Any, Unpack
 
 from sqlite_utils import Database
 
-from server import accounts
-from server.auth import session_rows
+from server.accounts import users
+from server.auth import sessions
 from server.auth.errors import AuthError, banned, invalid_credentials, invalid_token
 from server.auth.secret import Secret, hash_of, random_token
-from server.auth.session_rows import Opening
-from server.clock import iso
+from server.auth.sessions import SessionOptions
+from server.timestamps import iso
 
 PROVIDER = "credential"
 SELECT = (
@@ -25,7 +25,7 @@ RESET_TOKEN_LENGTH = 24
 def sign_up(db: Database, name: str, email: str, image: str | None, password: str, now: float) -> str:
     """Returns the new user's id; `password` is hashed. Raises AuthError where there is such a user."""
     try:
-        user_id = accounts.create_user(db, name, email, now)
+        user_id = users.create_user(db, name, email, now)
     except sqlite3.IntegrityError:
         text = "User already exists. Use another email."
         raise AuthError(422, "USER_ALREADY_EXISTS_USE_ANOTHER_EMAIL", text) from None
@@ -34,26 +34,28 @@ def sign_up(db: Database, name: str, email: str, image: str | None, password: st
     return user_id
 
 
-def find(db: Database, email: str) -> dict[str, Any] | None:
+def find_by_email(db: Database, email: str) -> dict[str, Any] | None:
     """The user's row, with the hashed `password` where they have one."""
     return _first(db, "lower(user.email) = ?", email.lower())
 
 
-def of_user(db: Database, user_id: str) -> dict[str, Any] | None:
+def find_by_id(db: Database, user_id: str) -> dict[str, Any] | None:
     return _first(db, "user.id = ?", user_id)
 
 
-def enter(db: Database, secret: Secret, user_id: str, password: str, now: float, **session: Unpack[Opening]) -> str:
+def sign_in(
+    db: Database, secret: Secret, user_id: str, password: str, now: float, **session: Unpack[SessionOptions]
+) -> str:
     """Returns a new session's token. Raises AuthError.
 
     `password` is the hash that was found to match: it took a while, and may have been changed since, to lock this out.
     """
-    user = of_user(db, user_id)
+    user = find_by_id(db, user_id)
     if user is None or user["password"] != password:
         raise invalid_credentials()
-    if session_rows.is_banned(user, now):
+    if sessions.is_banned(user, now):
         raise banned()
-    return session_rows.open_session(db, secret, user_id, now, **session)
+    return sessions.open_session(db, secret, user_id, now, **session)
 
 
 def set_password(db: Database, user_id: str, password: str, now: float) -> None:
@@ -62,15 +64,15 @@ def set_password(db: Database, user_id: str, password: str, now: float) -> None:
         "INSERT INTO account (id, accountId, providerId, userId, password, createdAt, updatedAt)"
         " VALUES (:id, :user, :provider, :user, :password, :now, :now)"
         " ON CONFLICT (userId, providerId) DO UPDATE SET password = :password, updatedAt = :now",
-        {"id": accounts.random_id(), "user": user_id, "provider": PROVIDER, "password": password, "now": iso(now)},
+        {"id": users.random_id(), "user": user_id, "provider": PROVIDER, "password": password, "now": iso(now)},
     )
 
 
-def choose_password(db: Database, user_id: str, password: str, now: float) -> None:
+def change_password(db: Database, user_id: str, password: str, now: float) -> None:
     """With a new password all sessions end: it may have been chosen because somebody else knew the old one."""
     set_password(db, user_id, password, now)
     db.execute("DELETE FROM verification WHERE value = ?", [user_id])
-    session_rows.revoke_all(db, user_id)
+    sessions.revoke_all(db, user_id)
 
 
 def update_user(db: Database, user_id: str, changes: Mapping[str, str | None], now: float) -> None:
@@ -88,7 +90,7 @@ def open_reset(db: Database, user_id: str, now: float) -> str:
     db.execute("DELETE FROM verification WHERE expiresAt <= ?", [iso(now)])
     db.table("verification").insert(
         {
-            "id": accounts.random_id(),
+            "id": users.random_id(),
             "identifier": _identifier(token),
             "value": user_id,
             "expiresAt": iso(now + RESET_LIVES_S),
@@ -111,11 +113,11 @@ def reset_password(db: Database, token: str, password: str, now: float) -> None:
         [_identifier(token), iso(now)],
     )
     for row in list(rows):
-        return choose_password(db, row["value"], password, now)
+        return change_password(db, row["value"], password, now)
     raise invalid_token()
 
 
-def forget_user(db: Database, user_id: str, now: float) -> list[str]:
+def delete_user(db: Database, user_id: str, now: float) -> list[str]:
     """Everything about a person goes; returns the names of files to delete.
 
     The bare row stays with the ledger and the jobs that the books need, and nobody can sign in to it.

@@ -14,11 +14,11 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from server import accounts, ledger
+from server.accounts import ledger, users
 from server.auth.credentials import PROVIDER
 from server.auth.secret import Secret, hash_of
-from server.clock import instant, iso
 from server.errors import BadRequest
+from server.timestamps import instant, iso
 
 MILLISECONDS_FROM = 1e11
 """Drivers that store dates as numbers use milliseconds or seconds; as seconds this would be the year 5138."""
@@ -28,7 +28,7 @@ KEY_NUMBERS = (
 
 
 @dataclass
-class Brought:
+class ImportCounts:
     """How many of each."""
 
     users: int = 0
@@ -38,9 +38,9 @@ class Brought:
     skipped: int = 0
 
 
-def bring(db: Database, secret: Secret, source: Path, now: float) -> Brought:
+def import_database(db: Database, secret: Secret, source: Path, now: float) -> ImportCounts:
     """Part of the caller's transaction. Raises BadRequest for what is no such database."""
-    brought = Brought()
+    brought = ImportCounts()
     with _opened(source) as theirs:
         for user in _rows(theirs, "user"):
             if not _add_user(db, user, now):
@@ -53,7 +53,7 @@ def bring(db: Database, secret: Secret, source: Path, now: float) -> Brought:
     return brought
 
 
-def told(brought: Brought) -> str:
+def summary(brought: ImportCounts) -> str:
     return ", ".join(f"{getattr(brought, field.name)} {field.name}" for field in fields(brought))
 
 
@@ -78,7 +78,7 @@ def _add_user(db: Database, user: Mapping[str, Any], now: float) -> bool:
             "updatedAt": _date(user.get("updatedAt")) or iso(now),
         }
     )
-    ledger.grant(db, user["id"], accounts.SIGN_UP_CREDITS, "sign-up", now)
+    ledger.grant(db, user["id"], users.SIGN_UP_CREDITS, "sign-up", now)
     return True
 
 

@@ -1,90 +1,138 @@
-"""Whose session a request carries, in a cookie or as Better Auth's bearer plugin does; and what the answer sets."""
+"""The rows of sessions.
 
-from starlette.requests import Request
+`token` is the token's hash, as `Authorization: Bearer <token>` opens a session without any signature: a copy of the
+database must not be a bunch of keys. But /list-sessions has to give tokens back, for the client's
+`revokeSession({token})`: so `sealed` is the token, encrypted with the server's secret, which is not in the database.
 
-from server.accounts import KEY_PREFIX, Caller
-from server.auth import origins, session_rows
-from server.auth.cookies import Cookies
-from server.auth.session_rows import Opening, Session
-from server.auth.transaction import in_transaction
-from server.envelope import add_header
-from server.services import Services
+Each function is part of its caller's transaction, or one statement.
+"""
 
-AGENT_LENGTH = 512
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict, Unpack
 
+from sqlite_utils import Database
 
-async def session_of(request: Request, served: Services) -> Caller | None:
-    """The session's user, or None. Raises InvalidOrigin where another site's page sent the cookie along."""
-    if bearer_token(request, served) is None and cookies_of(request, served).token(request):
-        origins.check_call(request, origins.for_pages(request, served.settings))
-    session = await current(request, served)
-    return Caller(user_id=session.user_id, key_id=None, role=session.user["role"]) if session else None
+from server.accounts.users import random_id
+from server.auth.secret import Secret, hash_of, random_token
+from server.timestamps import instant, iso
 
-
-async def current(request: Request, served: Services, *, renews: bool = True) -> Session | None:
-    """The live session. Once a day it is lengthened, and the answer carries its cookie again."""
-    token = token_of(request, served)
-    if token is None:
-        return None
-    now = served.clock()
-    session = await served.store.call(session_rows.find, served.store.db, token, now)
-    if session and renews and session.is_due(now) and not cookies_of(request, served).is_short(request):
-        await served.store.call(session_rows.renew, served.store.db, session.id, now)
-        give(request, served, token)
-        session = await served.store.call(session_rows.find, served.store.db, token, now)
-    return session
+DAY_S = 24 * 3600
+LIVES_S, RENEWED_AFTER_S, FRESH_S = 7 * DAY_S, DAY_S, DAY_S
+SHORT_S = DAY_S
+"""How long one lives that was opened without "remember me"."""
 
 
-def token_of(request: Request, served: Services) -> str | None:
-    """The bearer token goes before the cookie."""
-    return bearer_token(request, served) or cookies_of(request, served).token(request)
+@dataclass(frozen=True)
+class Session:
+    """A live session and its user's row."""
+
+    id: str
+    user_id: str
+    token: str = field(repr=False)
+    created_at: float
+    updated_at: float
+    expires_at: float
+    address: str
+    agent: str
+    user: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def is_short(self) -> bool:
+        return self.expires_at - self.updated_at <= SHORT_S
+
+    def is_fresh(self, now: float) -> bool:
+        return now - self.created_at < FRESH_S
+
+    def is_due(self, now: float) -> bool:
+        return not self.is_short and self.expires_at - LIVES_S + RENEWED_AFTER_S <= now
 
 
-def bearer_token(request: Request, served: Services) -> str | None:
-    """`token` as JSON answers carry it, or `token.signature` as `set-auth-token` does. API keys are not sessions."""
-    scheme, _, text = request.headers.get("authorization", "").partition(" ")
-    text = text.strip()
-    if scheme.lower() != "bearer" or not text or text.startswith(KEY_PREFIX):
-        return None
-    return served.auth.secret.unsign(text) if "." in text else text
+class SessionOptions(TypedDict):
+    """From where a session is opened, and for how long."""
+
+    address: str
+    agent: str
+    remember: bool
 
 
-def api_key(request: Request) -> str | None:
-    """A key in place of a session."""
-    scheme, _, text = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and text.strip().startswith(KEY_PREFIX):
-        return text.strip()
-    return request.headers.get("x-api-key")
-
-
-def cookies_of(request: Request, served: Services) -> Cookies:
-    address = served.settings.public_url or str(request.base_url)
-    return Cookies(served.auth.secret, secure=address.startswith("https://"))
-
-
-def give(request: Request, served: Services, token: str, *, remember: bool = True) -> None:
-    """The answer sets the session's cookie, and names it for those who keep none."""
-    for line in cookies_of(request, served).set(token, remember=remember):
-        add_header(request, "Set-Cookie", line)
-    add_header(request, "set-auth-token", served.auth.secret.sign(token))
-    add_header(request, "Access-Control-Expose-Headers", "set-auth-token")
-
-
-def take(request: Request, served: Services) -> None:
-    """The answer clears the session's cookies."""
-    for line in cookies_of(request, served).clear():
-        add_header(request, "Set-Cookie", line)
-
-
-async def open_session(request: Request, served: Services, user_id: str, opening: Opening) -> str:
-    """A new session of a user who has just shown who they are; its cookie goes with the answer."""
-    secret, now = served.auth.secret, served.clock()
-    token = await in_transaction(served, session_rows.open_session, secret, user_id, now, **opening)
-    give(request, served, token, remember=opening["remember"])
+def open_session(db: Database, secret: Secret, user_id: str, now: float, **opening: Unpack[SessionOptions]) -> str:
+    """Returns the new session's token. The user's dead sessions are swept out on the way."""
+    token, session_id = random_token(), random_id()
+    db.execute("DELETE FROM session WHERE userId = ? AND expiresAt <= ?", [user_id, iso(now)])
+    db.table("session").insert(
+        {
+            "id": session_id,
+            "expiresAt": iso(now + (LIVES_S if opening["remember"] else SHORT_S)),
+            "token": hash_of(token),
+            "sealed": secret.seal(token, session_id),
+            "createdAt": iso(now),
+            "updatedAt": iso(now),
+            "ipAddress": opening["address"],
+            "userAgent": opening["agent"],
+            "userId": user_id,
+        }
+    )
     return token
 
 
-def opening(request: Request, *, remember: bool) -> Opening:
-    address = request.client.host if request.client else ""
-    agent = request.headers.get("user-agent", "")[:AGENT_LENGTH]
-    return {"address": address, "agent": agent, "remember": remember}
+def find(db: Database, token: str, now: float) -> Session | None:
+    """The live session of this token. A dead one's row is deleted. The look-up is by hash: its timing tells nothing."""
+    for row in db.query(f"{SELECT} WHERE session.token = ?", [hash_of(token)]):
+        session = _session(row, token)
+        if session.expires_at > now and not is_banned(session.user, now):
+            return session
+        db.execute("DELETE FROM session WHERE id = ?", [session.id])
+    return None
+
+
+def of_user(db: Database, secret: Secret, user_id: str, now: float) -> list[Session]:
+    """Live ones, oldest first."""
+    rows = db.query(
+        f"{SELECT} WHERE session.userId = ? AND session.expiresAt > ? ORDER BY session.createdAt, session.rowid",
+        [user_id, iso(now)],
+    )
+    return [_session(row, secret.unseal(row["s_sealed"], row["s_id"])) for row in rows]
+
+
+def renew(db: Database, session_id: str, now: float) -> None:
+    db.execute(
+        "UPDATE session SET expiresAt = ?, updatedAt = ? WHERE id = ?", [iso(now + LIVES_S), iso(now), session_id]
+    )
+
+
+def revoke(db: Database, user_id: str, token: str) -> None:
+    """Only the user's own."""
+    db.execute("DELETE FROM session WHERE token = ? AND userId = ?", [hash_of(token), user_id])
+
+
+def revoke_all(db: Database, user_id: str, but: str = "") -> None:
+    """All of a user's sessions, or all but the one of the token `but`."""
+    db.execute("DELETE FROM session WHERE userId = ? AND token != ?", [user_id, hash_of(but)])
+
+
+def is_banned(user: Mapping[str, Any], now: float) -> bool:
+    """Banned for good, or not yet to the end."""
+    return bool(user["banned"]) and (user["banExpires"] is None or user["banExpires"] > iso(now))
+
+
+SELECT = (
+    "SELECT session.id AS s_id, session.sealed AS s_sealed, session.userId AS s_userId,"
+    " session.createdAt AS s_createdAt, session.updatedAt AS s_updatedAt, session.expiresAt AS s_expiresAt,"
+    " session.ipAddress AS s_ipAddress, session.userAgent AS s_userAgent, user.*"
+    " FROM session JOIN user ON user.id = session.userId"
+)
+
+
+def _session(row: Mapping[str, Any], token: str) -> Session:
+    return Session(
+        id=row["s_id"],
+        user_id=row["s_userId"],
+        token=token,
+        created_at=instant(row["s_createdAt"]),
+        updated_at=instant(row["s_updatedAt"]),
+        expires_at=instant(row["s_expiresAt"]),
+        address=row["s_ipAddress"] or "",
+        agent=row["s_userAgent"] or "",
+        user={name: value for name, value in row.items() if not name.startswith("s_")},
+    )

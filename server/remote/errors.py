@@ -3,13 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from server.errors import GenerationFailed, InvalidBody, PlantainError, RemoteUnavailable, Unavailable
-
-
-class UnsupportedDuration(InvalidBody):
-    """With `durations`."""
-
-    code, title = "UNSUPPORTED_DURATION", "Unsupported duration"
+from server.errors import GenerationFailed, PlantainError, RemoteUnavailable, Unavailable
 
 
 class KeyRefused(RemoteUnavailable):

@@ -1,0 +1,1 @@
+"""The model catalogue: reads and validates weights.toml."""

@@ -1,0 +1,1 @@
+"""Weights in host and device memory: packing, transfer, streaming, prefetching, peak measurement."""

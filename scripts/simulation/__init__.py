@@ -1,0 +1,1 @@
+"""Simulations of the scheduler under a virtual clock. Run with scripts/simulate."""

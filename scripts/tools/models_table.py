@@ -1,0 +1,173 @@
+#!/usr/bin/env python
+"""Writes docs/models.md from weights.toml. A test compares the two."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.catalog.catalog import Catalog, Model
+from pipelines.catalog.endpoints import Endpoint
+
+GIB = 2**30
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+
+INTRO = """# Models
+
+Made from `weights.toml` by `scripts/tools/models_table.py`; do not edit.
+
+Here: on your own device, once `plantain pull MODEL` has fetched it. fal: at fal.ai, see [remote.md](remote.md).
+VRAM is what all weights take plus a run's working memory at the first size given, for a card that holds everything at
+once; a smaller one is used in stages. A model that is retired is still asked for; it says so where fal says it is gone.
+"""
+
+DEMO = """
+## On demo weights
+
+What a model that is not installed makes on the demo weights that come with the program, see [demo.md](demo.md).
+"""
+
+REMOTE = """
+## At fal.ai
+
+What each workflow of a model takes there. An empty cell means that the model chooses.
+"""
+
+
+def page(catalog: Catalog) -> str:
+    models = catalog.models.values()
+    here = table(
+        ("model", "runs", "workflows", "sizes here", "seconds here", "credits", "licence", "VRAM"),
+        (row_of(model) for model in models),
+    )
+    there = table(
+        ("model", "workflow", "endpoint", "shapes", "seconds", "also takes"),
+        (row for model in models for row in remote_rows(catalog, model)),
+    )
+    demo = table(("model", "sizes", "seconds"), (demo_row(model.demo) for model in models if model.demo))
+    return f"{INTRO}\n{here}{DEMO}\n{demo}{REMOTE}\n{there}"
+
+
+def demo_row(demo: Model) -> Sequence[str]:
+    return f"`{demo.stands_for}`", sizes(demo), seconds_here(demo)
+
+
+def row_of(model: Model) -> Sequence[str]:
+    runs = {"local": "here", "fal": "fal", "both": "here, fal"}[model.runs_on]
+    if model.retired:
+        runs += f" (retired {model.retired.date})"
+    return (
+        f"`{model.id}`",
+        runs,
+        ", ".join(model.workflows),
+        sizes(model),
+        seconds_here(model),
+        price(model),
+        model.licence + (", non-commercial" if model.non_commercial else ""),
+        vram(model),
+    )
+
+
+def sizes(model: Model) -> str:
+    """By resolution, the shapes that were trained for."""
+    if model.weights is None or not model.sizes:
+        return ""
+    every = model.resolutions or {"": model.sizes}
+    return "; ".join(f"{name}{': ' if name else ''}{listed(sizes.values())}" for name, sizes in every.items())
+
+
+def listed(sizes: Iterable[tuple[int, int]]) -> str:
+    return " ".join(f"{width}x{height}" for width, height in sizes)
+
+
+def seconds_here(model: Model) -> str:
+    """From one step of frames to the longest, at the usual rate."""
+    if model.frames is None or model.weights is None:
+        return ""
+    fps = int(model.defaults.get("fps", model.frames.fps[0]))
+    return f"up to {model.frames.max / fps:.1f} at {fps} fps"
+
+
+def price(model: Model) -> str:
+    text = str(model.credits.base)
+    if model.credits.per_second:
+        text += f" + {model.credits.per_second} a second"
+    for resolution, factor in model.credits.resolutions.items():
+        text += f"; {resolution} x{factor:g}"
+    return text
+
+
+def vram(model: Model) -> str:
+    if model.weights is None:
+        return ""
+    weights_gib = model.weights_gib
+    if weights_gib is None:
+        weights_gib = (model.weights.size_bytes or 0) / GIB
+    return f"{weights_gib + working_bytes(model) / GIB:.1f} GiB"
+
+
+def working_bytes(model: Model) -> int:
+    """At the first size, and the usual length; of an upscaler's output, at a megapixel."""
+    width, height = next(iter(model.sizes.values()), (1024, 1024))
+    frames = 1
+    if model.frames:
+        wanted = float(model.defaults.get("duration", 0)) * int(model.defaults.get("fps", model.frames.fps[0])) + 1
+        frames = min(int(wanted), model.frames.max)
+    working = model.working
+    if working.phases:
+        return max(phase.bytes_for(width * height, frames) for phase in working.phases)
+    return working.fixed_bytes + working.bytes_per_pixel * width * height
+
+
+def remote_rows(catalog: Catalog, model: Model) -> Iterable[Sequence[str]]:
+    for workflow, name in model.remote.items():
+        endpoint = catalog.endpoint(name)
+        yield f"`{model.id}`", workflow, places(endpoint), shapes(endpoint), lengths(endpoint), also(endpoint)
+
+
+def places(endpoint: Endpoint) -> str:
+    return f"`{endpoint.id}`" + (f"; several images: `{endpoint.several}`" if endpoint.several else "")
+
+
+def shapes(endpoint: Endpoint) -> str:
+    if endpoint.size is None:
+        return ""
+    return " ".join(shape(ratio, value) for ratio, value in endpoint.size.values.items())
+
+
+def shape(ratio: str, value: Any) -> str:
+    """With the pixels, where it is asked for by pixels."""
+    pixels = "{width}x{height}".format(**value) if isinstance(value, dict) else str(value)
+    return f"{ratio} ({pixels})" if pixels[0].isdigit() and pixels != ratio else ratio
+
+
+def lengths(endpoint: Endpoint) -> str:
+    seconds = endpoint.duration.seconds if endpoint.duration else ()
+    if len(seconds) > 4 and seconds == tuple(range(seconds[0], seconds[-1] + 1)):
+        return f"{seconds[0]} to {seconds[-1]}"
+    return ", ".join(map(str, seconds))
+
+
+def also(endpoint: Endpoint) -> str:
+    words = []
+    for name in endpoint.takes:
+        if name != "prompt":
+            choices = endpoint.choices.get(name)
+            words.append(f"`{camel(name)}`" + (f" ({', '.join(map(str, choices))})" if choices else ""))
+    if endpoint.holds_images > 1:
+        words.append(f"up to {endpoint.holds_images} images")
+    return ", ".join(words)
+
+
+def camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.title() for word in rest)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+if __name__ == "__main__":
+    DOCS.write_text(page(Catalog.load()), "utf-8")

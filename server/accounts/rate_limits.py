@@ -1,0 +1,170 @@
+"""How often and how much at once: counted in the database, so that restarts and bursts change nothing.
+
+Each function is part of its caller's transaction and takes the open database.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from sqlite_utils import Database
+
+from server.accounts.plans import Plan
+from server.errors import ConcurrencyLimit, RateLimited, UsageExceeded
+
+MINUTE_S = 60.0
+SLACK_S = 1.0
+"""Two calls of one moment may be counted in either order: none is forgotten before both cannot matter."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A moving window: `used` of `quota` calls in the last `window_s`; one more is free again at `frees_at`."""
+
+    name: str
+    quota: int
+    window_s: float
+    used: int
+    frees_at: float
+
+    @property
+    def remaining(self) -> int:
+        return max(0, self.quota - self.used)
+
+
+@dataclass(frozen=True)
+class KeyLimit:
+    """What one API key may do, whatever its user's plan; `left` is how many calls it may ever make still."""
+
+    key_id: str
+    quota: int | None = None
+    window_s: float = MINUTE_S
+    left: int | None = None
+
+
+@dataclass(frozen=True)
+class RateLimitStatus:
+    """Where a caller stands, for the headers of the answer."""
+
+    windows: Sequence[Window]
+    plan: Plan
+    unfinished: int
+    at: float
+
+    def headers(self) -> dict[str, str]:
+        """draft-ietf-httpapi-ratelimit-headers, and the older names that most clients read."""
+        found = {}
+        if policies := ", ".join(self._policies()):
+            found = {"RateLimit-Policy": policies, "RateLimit": ", ".join(self._states())}
+        if self.windows:
+            tightest = min(self.windows, key=lambda window: window.remaining)
+            found["X-RateLimit-Limit"] = str(tightest.quota)
+            found["X-RateLimit-Remaining"] = str(tightest.remaining)
+            found["X-RateLimit-Reset"] = str(math.ceil(tightest.frees_at))
+        return found
+
+    def _policies(self) -> Iterator[str]:
+        for window in self.windows:
+            yield f'"{window.name}";q={window.quota};w={window.window_s:.0f}'
+        if self.plan.jobs_at_once is not None:
+            yield f'"concurrent";q={self.plan.jobs_at_once};qu="concurrent-requests"'
+
+    def _states(self) -> Iterator[str]:
+        for window in self.windows:
+            yield f'"{window.name}";r={window.remaining};t={seconds_until(window.frees_at, self.at)}'
+        if self.plan.jobs_at_once is not None:
+            yield f'"concurrent";r={max(0, self.plan.jobs_at_once - self.unfinished)}'
+
+
+def count_call(db: Database, user_id: str, plan: Plan, key: KeyLimit | None, now: float) -> RateLimitStatus:
+    """Count one call against the user's plan and the key's own limit. Raises RateLimited, and counts nothing then."""
+    quotas = [("minute", "user_id", user_id, plan.requests_a_minute, MINUTE_S)]
+    if key:
+        quotas.append(("key", "key_id", key.key_id, key.quota, key.window_s))
+    windows = [_window(db, *limited, now) for limited in quotas if limited[3] is not None]  # type: ignore[arg-type]
+    standing = RateLimitStatus(windows, plan, unfinished(db, user_id), now)
+    for window in windows:
+        if not window.remaining:
+            raise _rate_limited(window, standing)
+    if key and key.left is not None:
+        _consume_quota(db, key)
+    if windows:
+        _prune(db, user_id, key, now)
+        db.execute("INSERT INTO call VALUES (?, ?, ?)", [user_id, key and key.key_id, now])
+    return replace(standing, windows=[replace(window, used=window.used + 1) for window in windows])
+
+
+def reserve_slot(db: Database, user_id: str, at_once: int | None, now: float) -> None:
+    """Raises ConcurrencyLimit if the user's jobs fill the plan. To be asked in the transaction that adds the job."""
+    if at_once is None or (has := unfinished(db, user_id)) < at_once:
+        return
+    wait_s = max(1, math.ceil(_soonest_end_s(db, user_id, now)))
+    jobs = "1 job" if at_once == 1 else f"{at_once} jobs"
+    raise ConcurrencyLimit(
+        f"Your plan runs {jobs} at once, and you have {has}. Try again when one has ended.",
+        headers={"Retry-After": str(wait_s)},
+        limit=at_once,
+        retryAfter=wait_s,
+        **{"violated-policies": ["concurrent"]},
+    )
+
+
+def unfinished(db: Database, user_id: str) -> int:
+    """The user's jobs that wait or run."""
+    sql = "SELECT count(*) FROM job WHERE user_id = ? AND status IN ('queued', 'running')"
+    return db.execute(sql, [user_id]).fetchone()[0]
+
+
+def seconds_until(instant: float, now: float) -> int:
+    """Whole seconds, never too few and never none: what `Retry-After` says."""
+    return max(1, math.ceil(instant - now))
+
+
+def _window(db: Database, name: str, column: str, owner: str, quota: int, window_s: float, now: float) -> Window:
+    """Of a full window the call that frees a place is not always the oldest: the plan may have been larger before."""
+    where = f"FROM call WHERE {column} = ? AND called_at > ?"
+    values = [owner, now - window_s]
+    used = db.execute(f"SELECT count(*) {where}", values).fetchone()[0]
+    oldest = f"SELECT called_at {where} ORDER BY called_at LIMIT 1 OFFSET ?"
+    found = db.execute(oldest, [*values, max(0, used - quota)]).fetchone()
+    return Window(name, quota, window_s, used, (found[0] if found else now) + window_s)
+
+
+def _prune(db: Database, user_id: str, key: KeyLimit | None, now: float) -> None:
+    """Of this user, what no window can see any more, and what a clock since set back wrote in the far future."""
+    longest = "SELECT max(rateLimitTimeWindow) / 1000.0 FROM apikey WHERE referenceId = ? AND rateLimitEnabled"
+    window_s = max(MINUTE_S, db.execute(longest, [user_id]).fetchone()[0] or 0.0) + SLACK_S
+    db.execute(
+        "DELETE FROM call WHERE user_id = ? AND (called_at < ? OR called_at > ?)",
+        [user_id, now - window_s, now + window_s],
+    )
+
+
+def _consume_quota(db: Database, key: KeyLimit) -> None:
+    sql = "UPDATE apikey SET remaining = remaining - 1 WHERE id = ? AND remaining > 0"
+    if not db.execute(sql, [key.key_id]).rowcount:
+        raise UsageExceeded("This API key has made all the calls that it was made for.")
+
+
+def _rate_limited(window: Window, standing: RateLimitStatus) -> RateLimited:
+    wait_s = seconds_until(window.frees_at, standing.at)
+    whose = "This API key" if window.name == "key" else "Your plan"
+    span = "a minute" if window.window_s == MINUTE_S else f"in {window.window_s:.0f} s"
+    return RateLimited(
+        f"{whose} allows {window.quota} requests {span}. Try again in {wait_s} s.",
+        headers={**standing.headers(), "Retry-After": str(wait_s)},
+        retryAfter=wait_s,
+        **{"violated-policies": [window.name]},
+    )
+
+
+def _soonest_end_s(db: Database, user_id: str, now: float) -> float:
+    """A guess: as long as the model's last runs took, less what the user's running jobs have behind them."""
+    found = db.execute(
+        "SELECT min(job.started_at + (SELECT avg(took) FROM (SELECT finished_at - started_at AS took FROM job AS past"
+        " WHERE past.model = job.model AND past.status = 'succeeded' AND past.seq > job.seq - 1000"
+        " ORDER BY seq DESC LIMIT 5))) - ?"
+        " FROM job WHERE user_id = ? AND status = 'running'",
+        [now, user_id],
+    ).fetchone()[0]
+    return found or 0.0

@@ -1,0 +1,1 @@
+"""Routes for admins: users, keys, jobs, the queue, devices and reports."""

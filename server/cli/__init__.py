@@ -1,0 +1,13 @@
+"""The command line: `plantain serve`, and what an operator looks at or changes."""
+
+import typer
+
+from server.cli import backup, devices, doctor, reports, serve, users, weights
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, help=__doc__)
+
+for commands in (serve, weights, users, reports, backup, doctor, devices):
+    commands.register(app)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""SQLite: connection, transactions, migrations and backup. Knows no domain."""

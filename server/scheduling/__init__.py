@@ -1,0 +1,1 @@
+"""Pure scheduling decisions: no clock, no I/O, no logging."""

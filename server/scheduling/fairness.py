@@ -1,0 +1,152 @@
+"""The books of fairness, kept up as jobs come, start and end. Pure: told the time, never asking for it."""
+# FROM server.fairness: Who has had how much: device-seconds by user, over the weight of their plan. Pure.  Fair queueing by virtual time, as in Linux's CFS: whoever has spent least goes first, and whoever comes back after a pause starts level with the others, neither ahead for having been away nor behind for what nobody else wanted.
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from server.scheduling.types import WaitingJob
+
+
+@dataclass(frozen=True)
+class Shares:
+    """`spent_s` are device-seconds over weight. `turn_at` is when a user's oldest job last started.
+
+    `floor_s` is what the least served of those with work had spent: it only rises.
+    """
+
+    floor_s: float = 0.0
+    spent_s: Mapping[str, float] = field(default_factory=dict)
+    turn_at: Mapping[str, float] = field(default_factory=dict)
+
+    def spent(self, user_id: str) -> float:
+        return self.spent_s.get(user_id, self.floor_s)
+
+
+def activate(shares: Shares, user_id: str) -> Shares:
+    """The user has work again, having had none."""
+    level_s = max(shares.spent(user_id), shares.floor_s)
+    return replace(shares, spent_s={**shares.spent_s, user_id: level_s})
+
+
+def charge(shares: Shares, user_id: str, device_s: float, weight: float, active: Iterable[str]) -> Shares:
+    """The user has had so many device-seconds more, or fewer where a guess is put right. `active` are all with jobs."""
+    spent_s = {**shares.spent_s, user_id: shares.spent(user_id) + device_s / weight}
+    least_s = min((spent_s.get(each, shares.floor_s) for each in active), default=shares.floor_s)
+    return replace(shares, spent_s=spent_s, floor_s=max(shares.floor_s, least_s))
+
+
+def mark_started(shares: Shares, user_id: str, now: float) -> Shares:
+    """The user's oldest job has started."""
+    return replace(shares, turn_at={**shares.turn_at, user_id: now})
+
+
+def jain_index(amounts: Iterable[float]) -> float:
+    """Jain's index: 1 where all have the same, 1/n where one has all."""
+    values = list(amounts)
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
+
+
+def max_min_shares(demands: Mapping[str, float], capacity: float) -> dict[str, float]:
+    """The fair division: nobody gets more than they ask for, and what some leave is divided among the others."""
+    given, left_s = {}, capacity
+    for index, (user_id, demand) in enumerate(sorted(demands.items(), key=lambda each: each[1])):
+        given[user_id] = min(demand, left_s / (len(demands) - index))
+        left_s -= given[user_id]
+    return given
+
+
+@dataclass(frozen=True)
+class CompletedRun:
+    """A job that a server before this one ran: instants of its submit, start and end."""
+
+    job: WaitingJob
+    started_at: float
+    ended_at: float
+
+
+class FairShareAccounting:
+    """`shares` is what `plan()` reads."""
+
+    def __init__(self) -> None:
+        self.shares = Shares()
+        self._waiting: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._running: Counter[str] = Counter()
+
+    def copied(self, waiting: Iterable[WaitingJob]) -> "FairShareAccounting":
+        """As the books stand now, with only these waiting: for looking ahead."""
+        turns = FairShareAccounting()
+        turns.shares, turns._running = self.shares, Counter(self._running)
+        for job in waiting:
+            turns._waiting[job.user_id][job.job_id] = None
+        return turns
+
+    def with_one_more(self, job: WaitingJob) -> "FairShareAccounting":
+        """The books if this job came now."""
+        turns = FairShareAccounting()
+        turns.shares, turns._running = self.shares, Counter(self._running)
+        if job.user_id not in self._active():
+            turns.shares = activate(self.shares, job.user_id)
+        return turns
+
+    def waiting(self, user_id: str) -> int:
+        """How many of the user's jobs wait."""
+        return len(self._waiting.get(user_id, ()))
+
+    def came(self, job: WaitingJob) -> None:
+        if job.user_id not in self._active():
+            self.shares = activate(self.shares, job.user_id)
+        self._waiting[job.user_id][job.job_id] = None
+
+    def came_back(self, job: WaitingJob) -> None:
+        """A job that ran waits again, before its user's others: what was charged for it is given back."""
+        self._waiting[job.user_id] = {job.job_id: None, **self._waiting[job.user_id]}
+        self._charge(job, -job.expected_s)
+        self._stop(job)
+
+    def started(self, job: WaitingJob, now: float) -> None:
+        if next(iter(self._waiting[job.user_id]), None) == job.job_id:
+            self.shares = mark_started(self.shares, job.user_id, now)
+        self._running[job.user_id] += 1
+        self._charge(job, job.expected_s)
+        self.left(job)
+
+    def ended(self, job: WaitingJob, took_s: float) -> None:
+        """The guess is put right by what it took."""
+        self._charge(job, took_s - job.expected_s)
+        self._stop(job)
+
+    def left(self, job: WaitingJob) -> None:
+        """It waits no more."""
+        self._waiting[job.user_id].pop(job.job_id, None)
+        if not self._waiting[job.user_id]:
+            del self._waiting[job.user_id]
+
+    def _charge(self, job: WaitingJob, device_s: float) -> None:
+        self.shares = charge(self.shares, job.user_id, device_s, job.weight, self._active())
+
+    def _stop(self, job: WaitingJob) -> None:
+        self._running[job.user_id] -= 1
+        if self._running[job.user_id] <= 0:
+            del self._running[job.user_id]
+
+    def _active(self) -> set[str]:
+        return self._waiting.keys() | self._running.keys()
+
+
+def replay(runs: Iterable[CompletedRun]) -> FairShareAccounting:
+    """The books after these jobs, which came, started and ended in this order; with nothing waiting or running."""
+    turns = FairShareAccounting()
+    events: list[tuple[float, int, CompletedRun]] = []
+    for run in runs:
+        events += [(run.job.created_at, 0, run), (run.started_at, 1, run), (run.ended_at, 2, run)]
+    for at, what, run in sorted(events, key=lambda event: event[:2]):
+        job = replace(run.job, expected_s=run.ended_at - run.started_at)
+        if what == 0:
+            turns.came(job)
+        elif what == 1:
+            turns.started(job, at)
+        else:
+            turns.ended(job, job.expected_s)
+    return turns

@@ -1,0 +1,197 @@
+"""The process that owns one device: takes commands from its pipe, runs them one by one, tells events.
+
+Started by the supervisor as `python -m server.worker FD DEVICE FAMILY…`; it ends when the server does.
+"""
+
+import ctypes
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+from pipelines.base import InvalidInput, JobCancelled, OnStep, Pipeline, UnusableWeights, Weights, family_module
+from pipelines.device_errors import is_device_lost, is_out_of_memory
+from pipelines.media.images import save_image
+from pipelines.media.video_writer import VideoOutput
+from pipelines.params import PARAMS
+from pipelines.residency.host_cache import HostMemoryExhausted
+from pipelines.residency.prefetch import Prefetcher, PrefetchRequest
+from pipelines.residency.residency import Residency
+from pipelines.residency.transfer import measured_bytes_per_s
+from server.workers.protocol import (
+    Cancel,
+    Cancelled,
+    Command,
+    Event,
+    Evict,
+    Failed,
+    Prefetch,
+    Prefetched,
+    Progress,
+    Ready,
+    Resident,
+    Run,
+    Succeeded,
+)
+
+log = logging.getLogger("plantain.worker")
+PR_SET_PDEATHSIG = 1
+
+HOST_BUDGET = "PLANTAIN_WORKER_HOST_BYTES"
+"""In the environment: what this worker's copies of weights in host memory may take."""
+
+
+class WorkerProcess:
+    """One device, the weights that are resident on it, and the pipelines that run them.
+
+    Beside the thread that runs jobs, one brings what the next job needs; both send events.
+    """
+
+    def __init__(self, connection: Connection, device: str, families: list[str]) -> None:
+        self.connection = connection
+        self.residency = Residency(device, host_budget_bytes=int(os.environ.get(HOST_BUDGET, 0)) or None)
+        self.pipelines: dict[Weights, Pipeline] = {}
+        self.families = families
+        self.prefetcher = Prefetcher(self.residency, self.tell_prefetched)
+        self._sending = threading.Lock()
+
+    def serve(self) -> None:
+        """Until the server closes the pipe or asks for an end."""
+        self.send(Ready(measured_bytes_per_s(self.residency.device)))
+        while True:
+            self.prepare()
+            match self.connection.recv():
+                case Run() as command:
+                    self.run(command)
+                    self.residency.rest()
+                    self.tell_resident()
+                case Evict() | Prefetch() as command:
+                    self.rearrange(command)
+                case Cancel():
+                    pass  # it ended before the command came
+                case _:
+                    return
+
+    def prepare(self) -> None:
+        """Import families while nothing waits: some take seconds, which no request should wait for."""
+        while self.families and not self.connection.poll():
+            family_module(self.families.pop())
+
+    def run(self, command: Run) -> None:
+        """Run one job to its event. After a CUDA error other than out of memory the context is not to be trusted."""
+        try:
+            self.send(self.outcome(command))
+        except JobCancelled:
+            self.send(Cancelled(command.job_id))
+        except InvalidInput as error:
+            self.send(Failed(command.job_id, "INVALID_MEDIA", str(error)))
+        except UnusableWeights as error:
+            log.exception("job %s", command.job_id)
+            self.send(Failed(command.job_id, "WEIGHTS_UNUSABLE", str(error)))
+        except Exception as error:
+            log.exception("job %s", command.job_id)
+            self.send(self.failure(command.job_id, error))
+            if is_device_lost(error):
+                raise
+
+    def failure(self, job_id: str, error: Exception) -> Failed:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return Failed(job_id, "STORAGE_FULL", "The server's disk is full.")
+        if not is_out_of_memory(error):
+            return Failed(job_id, "GENERATION_FAILED", "The generation failed; the server's log says why.")
+        traceback.clear_frames(error.__traceback__)  # they keep what the run had made so far
+        self.residency.evict_all()
+        if isinstance(error, MemoryError):
+            self.residency.clear()
+        message = str(error) if isinstance(error, HostMemoryExhausted) else "The device ran out of memory."
+        return Failed(job_id, "OUT_OF_MEMORY", message)
+
+    def rearrange(self, command: Evict | Prefetch) -> None:
+        """What lies where is to change, while a job runs or between two."""
+        if isinstance(command, Evict):
+            self.residency.evict(command.key)
+            self.tell_resident()
+        else:
+            errand = PrefetchRequest(command.job_id, command.weights, command.to_device, command.to_host)
+            self.prefetcher.bring(errand)
+
+    def tell_resident(self) -> None:
+        with self._sending:  # what is told last is what was last so
+            self.connection.send(Resident(self.residency.resident(), self.residency.held()))
+
+    def tell_prefetched(self, job_id: str, failure: str | None) -> None:
+        """Said by the prefetching thread: a component has come; or, with a text, the errand has ended."""
+        self.tell_resident()
+        if failure is not None:
+            self.send(Prefetched(job_id, failure))
+
+    def outcome(self, command: Run) -> Succeeded:
+        started = time.monotonic()
+        context = {"files": command.files, "loras": command.loras}
+        params = PARAMS[command.workflow].model_validate(dict(command.params), context=context)
+        on_step = self.on_step(command.job_id)
+        pipeline = self.pipeline(command.weights)
+        self.residency.begin(command.way, [component.key for component in command.weights.components])
+        made = pipeline.generate(params, on_step)
+        peaks = self.residency.end() if not command.loras else ()  # theirs are not the model's
+        if isinstance(made, VideoOutput):
+            saved = made.save(command.output, on_step)
+            run_s = time.monotonic() - started
+            return Succeeded(command.job_id, saved.width, saved.height, run_s, saved.duration_s, peaks)
+        save_image(made, command.output, params.output_format)
+        run_s = time.monotonic() - started
+        return Succeeded(command.job_id, made.width, made.height, run_s, peaks=peaks)
+
+    def pipeline(self, weights: Weights) -> Pipeline:
+        if weights not in self.pipelines:
+            self.pipelines[weights] = family_module(weights.family).build(weights, self.residency)
+        return self.pipelines[weights]
+
+    def on_step(self, job_id: str) -> OnStep:
+        def tell(phase: str, step: int, steps: int) -> None:
+            self.residency.enter(phase)
+            self.send(Progress(job_id, phase, step, steps))
+            while self.connection.poll():
+                if self.was_cancelled(job_id, self.connection.recv()):
+                    raise JobCancelled
+
+        return tell
+
+    def was_cancelled(self, job_id: str, command: Command) -> bool:
+        """A shutdown ends the process here and now. What is to change around the job changes between two steps."""
+        match command:
+            case Cancel():
+                return command.job_id == job_id
+            case Evict() | Prefetch():
+                self.rearrange(command)
+                return False
+        sys.exit(0)
+
+    def send(self, event: Event) -> None:
+        with self._sending:
+            self.connection.send(event)
+
+
+def main(descriptor: str, device: str, *families: str) -> None:
+    logging.basicConfig(level=logging.INFO, format=f"%(levelname)s [{device}] %(message)s")
+    # It warns of a missing package that would fetch code from a hub; it is not missed here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends its workers
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed server must not leave a device occupied
+    worker = WorkerProcess(Connection(int(descriptor)), device, list(families))
+    try:
+        worker.serve()
+    except (EOFError, BrokenPipeError):
+        log.info("the server is gone")
+    finally:
+        worker.prefetcher.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

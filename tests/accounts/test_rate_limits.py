@@ -1,0 +1,287 @@
+"""Plans: requests a minute and jobs at once, to the last digit, in the headers, and across restarts."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.accounts import keys, ledger, rate_limits, users
+from server.accounts.plans import Plan, Plans, PlansError
+from server.accounts.rate_limits import KeyLimit
+from server.db.database import Database
+from server.errors import RateLimited, UsageExceeded
+from server.jobs.store import JobStore
+from tests.support.app import GENERATE, NOW, Front, front, furnish, told
+
+
+def codes(answers: list[httpx.Response]) -> Counter[str]:
+    return Counter("ok" if answer.is_success else answer.json()["code"] for answer in answers)
+
+
+@told()
+async def test_of_200_calls_at_once_exactly_as_many_pass_as_the_plan_allows(it: Front):
+    ada = it.someone(plan="pro", credits=1000)
+    bodies = [ada.ask(GENERATE, {"model": "plain"}) for _ in range(200)]  # no prompt: counted, and then refused
+    assert codes(await asyncio.gather(*bodies)) == {"VALIDATION_ERROR": 60, "RATE_LIMITED": 140}
+
+
+@told()
+async def test_more_keys_give_no_more(it: Front):
+    ada = it.someone(plan="free", credits=100)
+    second = it.with_key(ada.id)
+    answers = [await who.make() for who in (ada, second, ada, second, ada, second, ada)]
+    assert codes(answers) == {"ok": 5, "RATE_LIMITED": 2}
+    assert (await it.someone("bob", plan="free").make()).status_code == 200, "each user has a minute of their own"
+
+
+@told()
+async def test_the_window_moves(it: Front):
+    ada = it.someone(plan="free", credits=100)
+    for second in range(5):
+        it.clock.now = NOW + 10 * second
+        assert (await ada.make()).status_code == 200
+    refused = await ada.make()
+    assert refused.status_code == 429 and refused.headers["Retry-After"] == "20"
+    it.clock.now = NOW + 59.9
+    assert (await ada.make()).status_code == 429
+    it.clock.now = NOW + 60
+    assert (await ada.make()).status_code == 200
+    assert (await ada.make()).headers["Retry-After"] == "10"
+
+
+@told()
+async def test_looking_and_cancelling_are_not_counted(it: Front):
+    ada = it.someone(plan="free", credits=100)
+    job = (await ada.make("hold", Prefer="respond-async")).json()
+    for _ in range(10):
+        assert (await ada.call("GET", f"/api/jobs/{job['id']}")).status_code == 200
+        assert (await ada.call("GET", "/api/credits")).status_code == 200
+    assert (await ada.ask(f"/api/jobs/{job['id']}/cancel")).is_success
+    assert codes([await ada.make() for _ in range(5)]) == {"ok": 4, "RATE_LIMITED": 1}
+
+
+@told()
+async def test_every_answer_says_how_much_is_left(it: Front):
+    ada = it.someone(plan="basic", credits=100)
+    answer = await ada.make()
+    assert answer.headers["RateLimit-Policy"] == '"minute";q=15;w=60, "concurrent";q=3;qu="concurrent-requests"'
+    assert answer.headers["RateLimit"] == '"minute";r=14;t=60, "concurrent";r=3'
+    assert answer.headers["X-RateLimit-Limit"] == "15"
+    assert answer.headers["X-RateLimit-Remaining"] == "14"
+    assert answer.headers["X-RateLimit-Reset"] == str(int(NOW + 60))
+    it.clock.now += 18
+    refused = await ada.make(model="nothing")
+    assert refused.status_code == 404
+    assert refused.headers["RateLimit"] == '"minute";r=13;t=42, "concurrent";r=3'
+    running = await ada.make("hold", Prefer="respond-async")
+    assert running.status_code == 202
+    assert running.headers["RateLimit"] == '"minute";r=12;t=42, "concurrent";r=2'
+
+
+@told()
+async def test_over_the_minute(it: Front):
+    ada = it.someone(plan="free", credits=100)
+    for _ in range(5):
+        await ada.make()
+    it.clock.now += 18
+    refused = await ada.make()
+    assert refused.status_code == 429
+    body = refused.json()
+    assert body["code"] == "RATE_LIMITED" and body["violated-policies"] == ["minute"] and body["retryAfter"] == 42
+    assert body["type"] == "https://iana.org/assignments/http-problem-types#quota-exceeded"
+    assert body["error"] == "Your plan allows 5 requests a minute. Try again in 42 s."
+    assert refused.headers["Retry-After"] == "42"
+    assert refused.headers["RateLimit"] == '"minute";r=0;t=42, "concurrent";r=1'
+    assert refused.headers["X-RateLimit-Remaining"] == "0"
+    assert await ada.balance() == 105, "a refused call costs nothing"
+
+
+@told()
+async def test_over_the_jobs_at_once(it: Front):
+    ada = it.someone(plan="basic", credits=100)
+    answers = await asyncio.gather(*(ada.make("hold", Prefer="respond-async") for _ in range(15)))
+    assert codes(list(answers)) == {"ok": 3, "CONCURRENCY_LIMIT": 12}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.json()["violated-policies"] == ["concurrent"] and refused.json()["limit"] == 3
+    assert refused.headers["Retry-After"] == "1" and refused.headers["RateLimit"].endswith('"concurrent";r=0')
+    assert len(it.rows("SELECT * FROM ledger WHERE kind = 'charge'")) == 3
+    it.release()
+    await it.settle()
+    it.clock.now += 60
+    assert (await ada.make()).status_code == 200
+
+
+@told()
+async def test_a_refusal_for_jobs_at_once_guesses_when_the_first_will_have_ended(it: Front):
+    ada = it.someone(plan="free", credits=100)
+    waiting = asyncio.create_task(ada.make("hold"))
+    while not it.workers[0].held:
+        await it.settle()
+    it.clock.now += 30
+    it.release(holds=True)
+    await waiting
+    await ada.make("hold", Prefer="respond-async")
+    await it.settle()
+    it.clock.now += 10
+    assert (await ada.make()).headers["Retry-After"] == "20", "the last one took 30 s, and 10 s have passed"
+
+
+@told()
+async def test_studio_has_no_limits_and_no_headers_of_them(it: Front):
+    ada = it.someone(plan="studio", credits=1000)
+    answers = await asyncio.gather(*(ada.make() for _ in range(100)))
+    assert codes(list(answers)) == {"ok": 100}
+    assert "RateLimit" not in answers[0].headers and "X-RateLimit-Limit" not in answers[0].headers
+
+
+@told()
+async def test_a_key_may_have_a_limit_of_its_own(it: Front):
+    ada = it.someone(plan="basic", credits=100)
+    narrow = it.with_key(ada.id, per_minute=2)
+    answers = [await narrow.make() for _ in range(3)]
+    assert codes(answers) == {"ok": 2, "RATE_LIMITED": 1}
+    assert answers[2].json()["violated-policies"] == ["key"]
+    assert answers[1].headers["X-RateLimit-Limit"] == "2" and '"key";q=2;w=60' in answers[1].headers["RateLimit-Policy"]
+    assert (await ada.make()).headers["RateLimit"].startswith('"minute";r=12')
+
+
+def test_limits_hold_across_a_restart(tmp_path: Path):
+    async def serve(calls: int) -> Counter[str]:
+        async with front(settings_) as it:
+            people = it.rows("SELECT id FROM user WHERE email = 'ada@example.com'")
+            ada = it.with_key(people[0]["id"]) if people else it.someone(plan="free", credits=100)
+            return codes([await ada.make() for _ in range(calls)])
+
+    settings_ = furnish(tmp_path)
+    assert asyncio.run(serve(3)) == {"ok": 3}
+    assert asyncio.run(serve(5)) == {"ok": 2, "RATE_LIMITED": 3}
+
+
+@told()
+async def test_authentication_comes_before_the_limit_and_the_limit_before_the_body(it: Front):
+    ada = it.someone(plan="free")
+    for _ in range(5):
+        await ada.ask(GENERATE, {})
+    assert (await ada.ask(GENERATE, {})).json()["code"] == "RATE_LIMITED"
+    stranger = await it.client("bnp_" + "x" * 64).post(GENERATE, json={})
+    assert stranger.json()["code"] == "INVALID_API_KEY"
+
+
+@told()
+async def test_the_body_comes_before_the_slot_and_the_slot_before_the_credits(it: Front):
+    ada = it.someone(plan="basic", credits=-9)
+    await ada.make("hold", Prefer="respond-async")
+    for _ in range(2):
+        assert (await ada.make()).json()["code"] == "INSUFFICIENT_CREDITS"
+    with it.store.database.atomic() as db:
+        ledger.grant(db, ada.id, 2, "test", NOW)
+    for _ in range(2):
+        await ada.make("hold", Prefer="respond-async")
+    assert (await ada.ask(GENERATE, {"model": "plain"})).json()["code"] == "VALIDATION_ERROR"
+    assert (await ada.make()).json()["code"] == "CONCURRENCY_LIMIT"
+
+
+@told()
+async def test_200_charges_against_a_balance_that_covers_50(it: Front):
+    ada = it.someone(plan="studio", credits=40)
+    answers = await asyncio.gather(*(ada.make() for _ in range(200)))
+    assert codes(list(answers)) == {"ok": 50, "INSUFFICIENT_CREDITS": 150}
+    assert await ada.balance() == 0
+    refused = next(answer for answer in answers if answer.status_code == 402)
+    assert refused.json()["required"] == 1 and "Retry-After" not in refused.headers
+
+
+# The window itself
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    opened = JobStore(Database(tmp_path / "plantain.sqlite"))
+    yield opened
+    opened.database.close()
+
+
+CALLS = st.lists(st.floats(0, 200).map(lambda second: NOW + second), max_size=60).map(sorted)
+
+
+@given(CALLS, st.integers(1, 8))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+def test_no_minute_ever_holds_more_than_the_plan_and_none_is_refused_that_would_fit(
+    store: JobStore, calls: list[float], most: int
+):
+    user = users.create_user(store.db, "Ada", f"{users.random_id()}@example.com", NOW)
+    passed: list[float] = []
+    for now in calls:
+        fits = len([past for past in passed if past > now - 60]) < most
+        try:
+            with store.database.atomic() as db:
+                rate_limits.count_call(db, user, Plan("x", most), None, now)
+            passed.append(now)
+            assert fits
+        except RateLimited as refused:
+            assert not fits
+            assert refused.extra["retryAfter"] >= 1
+    assert len(store.db.execute("SELECT 1 FROM call WHERE user_id = ?", [user]).fetchall()) <= len(passed)
+
+
+def test_after_a_change_to_a_smaller_plan_the_wait_is_for_enough_calls_to_leave(store: JobStore):
+    user = users.create_user(store.db, "Ada", "ada@example.com", NOW)
+    for second in range(10):
+        rate_limits.count_call(store.db, user, Plan("large", 60), None, NOW + second)
+    with pytest.raises(RateLimited) as refused:
+        rate_limits.count_call(store.db, user, Plan("small", 5), None, NOW + 10)
+    assert refused.value.extra["retryAfter"] == 55, "six of the ten have to leave, the sixth came at second 5"
+
+
+def test_what_a_wrong_clock_wrote_in_the_far_future_locks_nobody_out(store: JobStore):
+    user = users.create_user(store.db, "Ada", "ada@example.com", NOW)
+    rate_limits.count_call(store.db, user, Plan("x", 3), None, NOW + 86_400)
+    rate_limits.count_call(store.db, user, Plan("x", 3), None, NOW)
+    standing = rate_limits.count_call(store.db, user, Plan("x", 3), None, NOW)
+    assert standing.windows[0].used == 2
+
+
+def test_a_key_made_for_so_many_calls_makes_no_more(store: JobStore):
+    user = users.create_user(store.db, "Ada", "ada@example.com", NOW)
+    keys.create_key(store.db, user, "few", NOW)
+    key_id = keys.keys(store.db)[0]["id"]
+    store.db.execute("UPDATE apikey SET remaining = 1 WHERE id = ?", [key_id])
+    rate_limits.count_call(store.db, user, Plan("x"), KeyLimit(key_id, left=1), NOW)
+    with pytest.raises(UsageExceeded):
+        rate_limits.count_call(store.db, user, Plan("x"), KeyLimit(key_id, left=0), NOW)
+
+
+# Plans as data
+
+
+def test_the_documented_plans():
+    plans = Plans.load()
+    assert {name: (plan.requests_a_minute, plan.jobs_at_once) for name, plan in plans.items()} == {
+        "free": (5, 1),
+        "basic": (15, 3),
+        "standard": (30, 5),
+        "pro": (60, 10),
+        "studio": (None, None),
+    }
+
+
+def test_an_operator_changes_and_adds_plans(tmp_path: Path):
+    (tmp_path / "plans.toml").write_text("[free]\nrequests_a_minute = 7\n[lab]\njobs_at_once = 2\nweight = 0.5\n")
+    plans = Plans.load(tmp_path / "plans.toml")
+    assert plans["free"] == Plan("free", 7) and plans["lab"] == Plan("lab", None, 2, 0.5)
+    assert plans.of("pro").requests_a_minute == 60
+    assert plans.of("gone") == plans["free"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[free]\nrpm = 1", "[free]\nweight = 0", "free = 1", "[free]\njobs_at_once = true", "["]
+)
+def test_a_plan_that_cannot_be_is_refused_with_its_file(tmp_path: Path, text: str):
+    path = tmp_path / "plans.toml"
+    path.write_text(text)
+    with pytest.raises(PlansError, match=r"plans\.toml"):
+        Plans.load(path)

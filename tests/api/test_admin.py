@@ -1,0 +1,251 @@
+"""Running the server over HTTP: who may, what is changed, and that all of it is written down."""
+
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from server.accounts import keys
+from server.cli import app
+from server.db.database import Database
+from server.errors import KeyDisabled
+from server.jobs.store import JobStore
+from tests.support.app import NOW, Front, Someone, told
+
+
+async def send(who: Someone, method: str, path: str, body: Any = None) -> Any:
+    answer = await who.call(method, f"/api/admin{path}", body)
+    assert answer.is_success, answer.text
+    return answer.json()
+
+
+async def acts(it: Front) -> list[tuple[str, str, str]]:
+    found = (await it.owner().read("/api/admin/audit"))["acts"]
+    return [(act["actor"], act["act"], act["subject"]) for act in found]
+
+
+@told()
+async def test_only_admins_come_in(it: Front):
+    ada, owner = it.someone(), it.owner()
+    assert (await ada.call("GET", "/api/admin/users")).json()["code"] == "SCOPE_REQUIRED"
+    narrow = it.with_key(owner.id, scopes=["generate", "read"])
+    assert (await narrow.call("GET", "/api/admin/users")).status_code == 403
+    trusted = it.with_key(ada.id, scopes=["admin"])
+    assert (await trusted.call("GET", "/api/admin/users")).status_code == 200
+    assert (await trusted.make()).json()["code"] == "SCOPE_REQUIRED"
+    assert (await owner.call("GET", "/api/admin/users")).status_code == 200
+
+
+@told()
+async def test_a_key_for_looking_only_looks(it: Front):
+    looker = it.with_key(it.someone().id, scopes=["read"])
+    assert await looker.balance() == 10
+    refused = await looker.make()
+    assert refused.status_code == 403
+    assert refused.json()["scope"] == "generate" and refused.json()["scopes"] == ["read"]
+
+
+@told()
+async def test_users_are_made_found_and_changed(it: Front):
+    owner = it.owner()
+    made = await send(owner, "POST", "/users", {"email": "Bob@Example.com", "plan": "basic"})
+    assert (made["email"], made["plan"], made["balance"], made["banned"]) == ("bob@example.com", "basic", 10, False)
+    path = f"/users/{made['id']}"
+    changed = await send(owner, "PATCH", path, {"plan": "pro", "name": "Bob"})
+    assert (changed["plan"], changed["name"], changed["role"]) == ("pro", "Bob", "user")
+    assert await send(owner, "GET", path) == changed
+    assert [user["email"] for user in (await send(owner, "GET", "/users?search=BOB"))["users"]] == ["bob@example.com"]
+    page = await send(owner, "GET", "/users?limit=1")
+    rest = await send(owner, "GET", f"/users?limit=1&cursor={page['nextCursor']}")
+    assert [user["email"] for user in page["users"] + rest["users"]] == ["bob@example.com", "owner@localhost"]
+    assert await acts(it) == [
+        ("owner@localhost", "users.change", made["id"]),
+        ("owner@localhost", "users.create", made["id"]),
+    ]
+
+
+@told()
+async def test_what_cannot_be_is_refused_and_not_written_down(it: Front):
+    owner, ada = it.owner(), it.someone()
+    refusals = [
+        ("POST", "/users", {"email": "ada@example.com"}, "CONFLICT"),
+        ("POST", "/users", {"email": "x@example.com", "plan": "gold"}, "VALIDATION_ERROR"),
+        ("POST", "/users", {"email": "nobody"}, "VALIDATION_ERROR"),
+        ("PATCH", f"/users/{ada.id}", {"plan": "gold"}, "VALIDATION_ERROR"),
+        ("PATCH", f"/users/{ada.id}", {"balance": 5}, "VALIDATION_ERROR"),
+        ("PATCH", "/users/nobody", {"name": "x"}, "NOT_FOUND"),
+        ("PATCH", f"/users/{owner.id}", {"role": "user"}, "CONFLICT"),
+        ("POST", f"/users/{owner.id}/ban", {}, "CONFLICT"),
+        ("POST", f"/users/{ada.id}/grants", {"amount": -11}, "INSUFFICIENT_CREDITS"),
+        ("POST", "/users/nobody/grants", {"amount": 1}, "NOT_FOUND"),
+        ("DELETE", "/keys/nothing", None, "NOT_FOUND"),
+        ("PATCH", "/keys/nothing", {"name": "x"}, "NOT_FOUND"),
+        ("POST", "/keys", {"userId": "nobody"}, "NOT_FOUND"),
+        ("POST", "/jobs/nothing/cancel", None, "NOT_FOUND"),
+        ("GET", "/usage?from=2026-02-01&to=2026-01-01", None, "VALIDATION_ERROR"),
+    ]
+    for method, path, body, code in refusals:
+        answer = await owner.call(method, f"/api/admin{path}", body)
+        assert answer.json()["code"] == code, (method, path, answer.text)
+    assert await acts(it) == []
+    assert await send(owner, "GET", f"/users/{owner.id}") == await send(owner, "GET", f"/users/{owner.id}")
+    assert (await send(owner, "GET", f"/users/{owner.id}"))["role"] == "admin"
+
+
+@told()
+async def test_grants_show_in_the_ledger(it: Front):
+    owner, ada = it.owner(), it.someone()
+    assert await send(owner, "POST", f"/users/{ada.id}/grants", {"amount": 25, "note": "thanks"}) == {"balance": 35}
+    assert await send(owner, "POST", f"/users/{ada.id}/grants", {"amount": -5}) == {"balance": 30}
+    entries = (await send(owner, "GET", f"/users/{ada.id}/ledger"))["entries"]
+    assert [(entry["amount"], entry["balance"], entry["note"]) for entry in entries] == [
+        (-5, 30, "granted"),
+        (25, 35, "thanks"),
+        (10, 10, "sign-up"),
+    ]
+    assert entries == (await ada.read("/api/credits/ledger"))["entries"]
+
+
+@told()
+async def test_a_banned_user_is_out_at_once_and_back_when_it_ends(it: Front):
+    owner, ada = it.owner(), it.someone()
+    banned = await send(owner, "POST", f"/users/{ada.id}/ban", {"reason": "spam", "expiresAt": "2026-09-21T15:00:00Z"})
+    assert (banned["banned"], banned["banReason"], banned["banExpires"]) == (True, "spam", "2026-09-21T15:00:00.000Z")
+    refused = await ada.call("GET", "/api/credits")
+    assert (refused.status_code, refused.json()["code"]) == (403, "USER_BANNED")
+    assert "spam" in refused.json()["error"]
+    assert (await ada.make()).status_code == 403
+    it.clock.now = NOW + 86_400
+    assert (await ada.make()).status_code == 200, "the ban ended"
+    it.clock.now = NOW
+    await send(owner, "DELETE", f"/users/{ada.id}/ban")
+    assert (await ada.make()).status_code == 200
+    assert [act for _, act, _ in await acts(it)] == ["users.unban", "users.ban"]
+
+
+@told()
+async def test_keys_are_made_narrowed_and_revoked(it: Front):
+    owner, ada = it.owner(), it.someone()
+    order = {"userId": ada.id, "name": "camera", "scopes": ["read", "generate"], "perMinute": 2}
+    made = await send(owner, "POST", "/keys", {**order, "expiresAt": "2027-01-01T00:00:00Z"})
+    assert made["key"].startswith("bnp_") and made["start"] == made["key"][:6]
+    assert made["scopes"] == ["generate", "read"] and made["perMinute"] == 2
+    assert made["expiresAt"] == "2027-01-01T00:00:00.000Z"
+    camera = Someone(ada.id, made["key"], it.client(made["key"]))
+    assert (await camera.make()).status_code == 200
+    changed = await send(owner, "PATCH", f"/keys/{made['id']}", {"scopes": ["read"], "perMinute": None})
+    assert (changed["scopes"], changed["perMinute"], changed["name"]) == (["read"], None, "camera")
+    assert (await camera.make()).json()["code"] == "SCOPE_REQUIRED"
+    listed = (await send(owner, "GET", f"/keys?user={ada.id}"))["keys"]
+    assert {key["id"] for key in listed} > {made["id"]} and not any("key" in key for key in listed)
+    assert {key["userId"] for key in listed} == {ada.id}
+    assert (await send(owner, "DELETE", f"/keys/{made['id']}"))["enabled"] is False
+    assert (await camera.call("GET", "/api/credits")).json()["code"] == "KEY_DISABLED"
+    assert [act for _, act, _ in await acts(it)] == ["keys.revoke", "keys.change", "keys.create"]
+    assert made["key"] not in str(it.rows("SELECT * FROM audit"))
+
+
+@told()
+async def test_an_expired_key_and_its_last_use(it: Front):
+    ada = it.someone()
+    short = it.with_key(ada.id, expires_at=NOW + 60)
+    assert await short.balance() == 10
+    it.clock.now = NOW + 60
+    assert (await short.call("GET", "/api/credits")).json()["code"] == "KEY_EXPIRED"
+    keys = (await it.owner().read(f"/api/admin/keys?user={ada.id}"))["keys"]
+    assert [key["lastUsedAt"] for key in keys] == [None, "2026-09-21T14:13:20.000Z"]
+
+
+@told()
+async def test_everyones_jobs_are_seen_and_cancelled(it: Front):
+    owner, ada = it.owner(), it.someone()
+    running = (await ada.make("hold", Prefer="respond-async")).json()
+    await ada.make("work", Prefer="respond-async")
+    await it.settle()
+    jobs = (await send(owner, "GET", "/jobs"))["jobs"]
+    assert [(job["userId"], job["params"]["prompt"]) for job in jobs] == [(ada.id, "work"), (ada.id, "hold")]
+    queued = (await send(owner, "GET", f"/jobs?status=queued&user={ada.id}"))["jobs"]
+    assert [job["id"] for job in queued] == [jobs[0]["id"]]
+    cancelled = await send(owner, "POST", f"/jobs/{queued[0]['id']}/cancel")
+    assert cancelled["status"] == "cancelled"
+    await send(owner, "POST", f"/jobs/{running['id']}/cancel")
+    await it.settle()
+    assert (await send(owner, "GET", f"/jobs/{running['id']}"))["status"] == "cancelled"
+    assert await ada.balance() == 10
+    assert (await send(owner, "GET", f"/jobs?user={owner.id}"))["jobs"] == []
+    assert [act for _, act, _ in await acts(it)] == ["jobs.cancel"] * 2
+
+
+@told()
+async def test_the_plans_are_listed(it: Front):
+    plans = (await it.owner().read("/api/admin/plans"))["plans"]
+    assert plans[0] == {"name": "free", "requestsAMinute": 5, "jobsAtOnce": 1, "weight": 1}
+    assert [plan["name"] for plan in plans] == ["free", "basic", "standard", "pro", "studio"]
+
+
+@told()
+async def test_ledger_and_audit_log_only_grow(it: Front):
+    await send(it.owner(), "POST", f"/users/{it.someone().id}/grants", {"amount": 1})
+    for sql in (
+        "UPDATE ledger SET amount = 9",
+        "DELETE FROM ledger",
+        "UPDATE audit SET act = 'x'",
+        "DELETE FROM audit",
+    ):
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            it.db.execute(sql)
+
+
+@told()
+async def test_an_act_that_cannot_be_written_down_does_not_happen(it: Front):
+    ada = it.someone()
+    it.db.execute("CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
+    with pytest.raises(sqlite3.IntegrityError):
+        await it.owner().call("POST", f"/api/admin/users/{ada.id}/grants", {"amount": 5})
+    assert await ada.balance() == 10
+
+
+# The same at the command line
+
+
+def test_the_command_line_acts_and_writes_down(tmp_path: Path):
+    def run(*words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, [*words, "--data", str(tmp_path)])
+        assert result.exit_code == code, result.output
+        return result.output.strip()
+
+    Database(tmp_path / "plantain.sqlite").close()
+    bob = ("--user", "bob@example.com")
+    first = run("users", "create", "Bob@example.com", "--plan", "basic")
+    assert first.startswith("bnp_")
+    narrow = run("keys", "create", *bob, "--scope", "read", "--per-minute", "3", "--days", "1")
+    assert "no scope" in run("keys", "create", *bob, "--scope", "write", code=1)
+    assert run("credits", "grant", "5", *bob) == "15"
+    run("users", "change", "bob@example.com", "--plan", "pro", "--role", "admin")
+    assert "gold" in run("users", "change", "bob@example.com", "--plan", "gold", code=1)
+    assert "last admin" in run("users", "ban", "bob@example.com", code=1)
+    run("users", "create", "eve@example.com", "--role", "admin")
+    run("users", "ban", "bob@example.com", "--reason", "spam")
+    run("users", "unban", "bob@example.com")
+    for words in (
+        ("users", "list"),
+        ("keys", "list"),
+        ("credits", "ledger"),
+        ("plans",),
+        ("usage",),
+        ("usage", "--csv"),
+    ):
+        run(*words, *(bob if words[0] == "credits" else ()))
+    store = JobStore(Database(tmp_path / "plantain.sqlite"))
+    acts = [row["act"] for row in store.db.query("SELECT act FROM audit ORDER BY id")]
+    assert acts[:5] == ["users.create", "keys.create", "keys.create", "credits.grant", "users.change"]
+    assert acts[-2:] == ["users.ban", "users.unban"] and len(acts) == 9
+    caller = keys.authenticate(store.db, narrow, time.time())
+    assert caller.granted == {"read"} and caller.role == "admin"
+    run("keys", "revoke", caller.key_id or "")
+    with pytest.raises(KeyDisabled):
+        keys.authenticate(store.db, narrow, time.time())
+    store.database.close()

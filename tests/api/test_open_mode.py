@@ -1,0 +1,92 @@
+"""The open server: no key, no limits, and only for this machine."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from server import settings
+from server.cli import app
+from server.settings import OpenToAll, Settings
+from tests.support.app import GENERATE, Front, told
+
+BODY = {"prompt": "work", "model": "dear"}
+
+
+@told(open=True)
+async def test_no_key_is_needed_and_a_wrong_one_does_no_harm(it: Front):
+    for client in (it.client(), it.client("bnp_whatever")):
+        answer = await client.post(GENERATE, json=BODY)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["X-Credits-Charged"] == "4" and "RateLimit" not in answer.headers
+    assert (await it.client().get("/api/admin/users")).status_code == 200, "there is one user, who runs the server"
+    assert {row["email"] for row in it.rows("SELECT email FROM job JOIN user ON user.id = user_id")} == {
+        "owner@localhost"
+    }
+
+
+@told(open=True)
+async def test_charges_are_recorded_and_never_refused(it: Front):
+    client = it.client()
+    owner = it.rows("SELECT * FROM user")[0]
+    with it.store.database.atomic() as db:
+        db.execute("UPDATE user SET balance = 2, plan = 'free'")
+    answers = await asyncio.gather(*(client.post(GENERATE, json=BODY) for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert (await client.get("/api/credits")).json()["balance"] == 0
+    entries = it.rows(
+        "SELECT kind, sum(amount) AS amount, count(*) AS n FROM ledger WHERE note IS NULL OR note = 'open'"
+        " GROUP BY kind ORDER BY kind"
+    )
+    assert entries == [{"kind": "charge", "amount": -80, "n": 20}, {"kind": "grant", "amount": 78, "n": 20}]
+    assert owner["role"] == "admin"
+
+
+@told(open=True, public_url="https://studio.example")
+async def test_pages_of_other_sites_may_not_use_it(it: Front):
+    client = it.client()
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},
+    ):
+        refused = await client.post(GENERATE, json=BODY, headers=headers)
+        assert (refused.status_code, refused.json()["code"]) == (403, "INVALID_ORIGIN"), headers
+    assert (await client.get("/api/jobs", headers={"Host": "evil.example"})).status_code == 403
+    for headers in (
+        {"Origin": "http://127.0.0.1:8000"},
+        {"Host": "localhost:8000"},
+        {"Host": "studio.example"},
+        {"Host": "[::1]:8000"},
+        {"Origin": "https://studio.example"},
+    ):
+        assert (await client.post(GENERATE, json=BODY, headers=headers)).status_code == 200, headers
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_open_on_this_machine(host: str):
+    settings.check_settings(Settings(host=host, open=True))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "studio.example"])
+def test_open_to_others_has_to_be_said_twice(host: str):
+    with pytest.raises(OpenToAll, match="--open-to-the-network"):
+        settings.check_settings(Settings(host=host, open=True))
+    settings.check_settings(Settings(host=host, open=True, open_to_the_network=True))
+    settings.check_settings(Settings(host=host))
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path):
+    result = CliRunner().invoke(app, ["serve", "--open", "--host", "0.0.0.0", "--data", str(tmp_path / "data")])
+    assert result.exit_code == 1
+    assert "--open-to-the-network" in result.output and "Traceback" not in result.output
+
+
+@told()
+async def test_without_open_a_key_is_needed(it: Front):
+    refused = await it.client().post(GENERATE, json=BODY)
+    assert (refused.status_code, refused.json()["code"]) == (401, "UNAUTHORIZED")
+    assert refused.headers["WWW-Authenticate"].startswith("Bearer")

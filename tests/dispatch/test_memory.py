@@ -1,0 +1,242 @@
+"""Memory in a whole server: tiers by budget, tries after running out, bad luck with files and workers, the books."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.catalog.catalog import Catalog
+from pipelines.weights.installed import Installed
+from pipelines.weights.pull import pull
+from server.cli import app
+from server.scheduling.need import Shape, need_of
+from server.settings import Settings
+from server.workers.devices import DeviceSpec
+from tests.support.server import GENERATE, House, running
+from tests.support.tiny import flux as tiny_flux
+
+MODEL = """
+[models.hungry-{kind}]
+name = "Hungry {kind}"
+kind = "image"
+family = "tests.families.memory_hungry"
+dtype = "bfloat16"
+workflows = ["text-to-image"]
+credits = {{ base = 2 }}
+licence = "none"
+sizes = {{ "1:1" = [64, 64] }}
+size_multiple = 16
+defaults = {{ num_inference_steps = 2, guidance_scale = 3.5 }}
+weights = {{ source = "path", path = "{folder}" }}
+
+[models.hungry-{kind}.working]
+encode = {{ components = ["text_encoder", "text_encoder_2"], fixed_bytes = 1000 }}
+denoise = {{ components = ["transformer"], fixed_bytes = 1000 }}
+decode = {{ components = ["vae"], fixed_bytes = 1000, tiled_bytes = 500 }}
+"""
+
+
+def furnish(folder: Path, *kinds: tiny_flux.FluxKind) -> Settings:
+    """A data folder with these models, their transformers of seven blocks, installed in place."""
+    made = {kind: tiny_flux.make_flux(folder / "made" / f"flux-{kind}", kind, single_layers=6) for kind in kinds}
+    toml = folder / "weights.toml"
+    toml.write_text("".join(MODEL.format(kind=kind, folder=path) for kind, path in made.items()))
+    settings = Settings(data=folder / "data", weights_toml=toml)
+    for model in Catalog.load(toml).models.values():
+        pull(model, settings.weights)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return furnish(tmp_path_factory.mktemp("memory"), "dev", "schnell")
+
+
+@pytest.fixture(scope="module")
+def house(settings: Settings) -> Iterator[House]:
+    with running(settings) as made:
+        yield made
+
+
+def cpu(budget_bytes: int) -> list[DeviceSpec]:
+    return [DeviceSpec("cpu", "CPU", "cpu", 2 * budget_bytes, budget_bytes)]
+
+
+def need_bytes(settings: Settings, tier: int) -> int:
+    model = Catalog.load(settings.weights_toml).models["hungry-dev"]
+    weights = Installed(settings.weights).weights(model)
+    assert weights
+    need = need_of(weights, model.working, Shape(64 * 64))
+    return need.bytes_in(need.possible[tier])
+
+
+def generate(house: House, prompt: str, model: str = "hungry-dev", seed: int = 1) -> Any:
+    return house.ask(GENERATE, {"prompt": prompt, "model": model, "seed": seed})
+
+
+@pytest.fixture
+def forgetful(house: House) -> None:
+    """What failed before is tried again: a model begins no second time in a way that failed twice."""
+    house.services.dispatcher.memory.peaks._by_model.clear()
+
+
+def device(house: House) -> dict[str, Any]:
+    return house.read("/api/admin/devices")["devices"][0]
+
+
+def rungs(house: House) -> list[tuple[str, str | None]]:
+    """Of the last job, in order: the way that failed, and the next."""
+    found = device(house)["rungs"]
+    return [(each["way"], each["nextWay"]) for each in found if each["jobId"] == found[0]["jobId"]][::-1]
+
+
+def test_a_run_keeps_its_components_and_the_device_tells_of_them(house: House):
+    assert generate(house, "a red circle").status_code == 200
+    there = house.until(lambda: (state := device(house))["status"] == "idle" and state["components"] and state)
+    assert {each["name"] for each in there["components"]} == {"text_encoder", "text_encoder_2", "transformer", "vae"}
+    assert sum(each["bytes"] for each in there["components"]) == there["residentBytes"] > 0
+    shared = {each["name"]: each["models"] for each in there["components"]}
+    assert shared["vae"] == ["hungry-dev", "hungry-schnell"]
+    assert shared["transformer"] == ["hungry-dev"]
+    assert there["budgetBytes"] > there["residentBytes"] and there["hostBudgetBytes"] is None
+
+
+def test_devices_are_for_admins(house: House):
+    assert house.client.get("/api/admin/devices", headers={"Authorization": ""}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("way", "failed"),
+    [
+        ("resident, tiled", ["resident", "resident"]),
+        ("staged", ["resident", "resident", "resident, tiled"]),
+        ("streamed", ["resident", "resident", "resident, tiled", "staged", "staged, tiled"]),
+    ],
+)
+def test_a_job_that_runs_out_goes_down_the_ladder_and_ends_well(
+    house: House, forgetful: None, way: str, failed: list[str]
+):
+    answer = generate(house, f"only {way}")
+    assert answer.status_code == 200, answer.text
+    assert [step[0] for step in rungs(house)] == failed
+    assert rungs(house)[-1][1] == way
+    assert house.read("/api/jobs")["jobs"][0]["status"] == "succeeded"
+    last = device(house)["rungs"][0]
+    if way != "resident, tiled":
+        assert generate(house, f"only {way}").status_code == 200
+        assert device(house)["rungs"][0] == last, "the next one begins where this one ended"
+
+
+def test_what_ran_out_is_not_tried_first_again_after_a_restart(tmp_path: Path):
+    settings = furnish(tmp_path, "dev")
+    with running(settings) as first:
+        assert generate(first, "only staged").status_code == 200
+        assert [step[0] for step in rungs(first)] == ["resident", "resident", "resident, tiled"]
+    with running(settings) as second:
+        before = device(second)["rungs"]
+        assert generate(second, "only staged").status_code == 200
+        assert device(second)["rungs"] == before
+    with running(settings, cpu(9 * 2**30)) as larger:
+        assert generate(larger, "only resident").status_code == 200, "it is tried where there is more to give out"
+        assert device(larger)["rungs"] == before
+
+
+def test_a_job_that_fits_in_no_way_fails_is_refunded_and_the_next_one_runs(house: House, forgetful: None):
+    before = house.balance()
+    answer = generate(house, "never")
+    assert answer.status_code == 500 and answer.json()["code"] == "OUT_OF_MEMORY"
+    assert "Tried: resident on cpu; resident, tiled on cpu; staged on cpu" in answer.json()["error"]
+    assert rungs(house)[-1] == ("streamed, tiled", None)
+    assert house.balance() == before
+    assert generate(house, "a red circle").status_code == 200
+    there = house.until(lambda: (state := device(house))["status"] == "idle" and state["components"] and state)
+    assert sum(each["bytes"] for each in there["components"]) == there["residentBytes"]
+
+
+def test_a_worker_killed_while_it_loads_leaves_right_books_and_the_job_runs(house: House, tmp_path: Path):
+    assert generate(house, f"die {tmp_path / 'flag'}", "hungry-schnell").status_code == 200
+    there = house.until(lambda: (state := device(house))["status"] == "idle" and state["components"] and state)
+    assert sum(each["bytes"] for each in there["components"]) == there["residentBytes"]
+
+
+def test_nan_is_no_picture_and_the_next_run_is_as_ever(house: House, forgetful: None):
+    expected = house.picture(generate(house, "a red circle").json()["imageUrl"]).tobytes()
+    before = house.balance()
+    assert generate(house, "nan").status_code == 500
+    assert house.balance() == before
+    assert house.picture(generate(house, "a red circle").json()["imageUrl"]).tobytes() == expected
+
+
+def test_peaks_are_kept_and_shown(house: House, forgetful: None, settings: Settings):
+    assert generate(house, "only resident, tiled", "hungry-schnell").status_code == 200, "it ran out of memory first"
+    assert generate(house, "a prompt of its own").status_code == 200, "which has to be encoded"
+    house.until(lambda: "text_encoder_2" in {each["name"] for each in device(house)["components"]})
+    told = CliRunner().invoke(app, ["models", "--memory", "--json", *where(settings)])
+    assert told.exit_code == 0, told.output
+    assert '"measured": "0.' in told.output
+    told = CliRunner().invoke(app, ["devices", *where(settings)], env={"COLUMNS": "200"})
+    assert told.exit_code == 0, told.output
+    assert "text_encoder_2" in told.output and "hungry-dev, hungry-schnell" in told.output
+    assert "ran out of memory" in told.output
+
+
+def where(settings: Settings) -> list[str]:
+    return ["--data", str(settings.data), "--weights-toml", str(settings.weights_toml)]
+
+
+@pytest.mark.parametrize(("tier", "way"), [(0, "resident"), (1, "staged"), (2, "streamed")])
+def test_a_budget_decides_the_tier_and_not_the_picture(
+    house: House, forgetful: None, tmp_path: Path, tier: int, way: str
+):
+    settings = furnish(tmp_path, "dev")
+    expected = house.picture(generate(house, "a red circle").json()["imageUrl"]).tobytes()
+    with running(settings, cpu(need_bytes(settings, tier))) as small:
+        answer = generate(small, "a red circle")
+        assert answer.status_code == 200, answer.text
+        assert small.picture(answer.json()["imageUrl"]).tobytes() == expected
+        told = small.services.dispatcher.memory.peaks.of("hungry-dev")
+        assert {each.way.tier for each in told} >= {way}
+
+
+def test_a_budget_too_small_for_any_way_is_refused_with_the_numbers(tmp_path: Path):
+    settings = furnish(tmp_path, "dev")
+    with running(settings, cpu(need_bytes(settings, 2) // 2)) as small:
+        before = small.balance()
+        answer = generate(small, "a red circle")
+        assert (answer.status_code, answer.json()["code"]) == (503, "DOES_NOT_FIT")
+        assert "GiB; the largest device here has" in answer.json()["error"]
+        assert small.balance() == before
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def swap(file: Path) -> None:
+    """Another file of the same size under the same name."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize("harm", [truncate, swap, remove])
+def test_weights_harmed_while_the_server_runs_are_not_used_and_others_are(tmp_path: Path, harm: Callable[[Path], None]):
+    settings = furnish(tmp_path, "dev", "schnell")
+    with running(settings) as it:
+        before = it.balance()
+        assert it.read("/api/models")["models"][0]["weights"] == "installed"
+        assert generate(it, "a red circle", "hungry-schnell").status_code == 200
+        it.services.registry.runnable("hungry-dev", 64 * 64)
+        harm(tmp_path / "made" / "flux-dev" / "transformer" / "diffusion_pytorch_model.safetensors")
+        answer = generate(it, "a red circle", "hungry-dev")
+        assert answer.status_code in (409, 500, 503), answer.text
+        assert answer.json()["code"] in ("MODEL_NOT_INSTALLED", "WEIGHTS_UNUSABLE"), answer.text
+        assert it.balance() == before - 2
+        assert generate(it, "a red circle", "hungry-schnell").status_code == 200

@@ -1,0 +1,242 @@
+"""The whole app in-process, over workers that end every job at once: for who may do what, and what it costs."""
+
+import asyncio
+import base64
+import functools
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+from pipelines.catalog.catalog import Catalog
+from pipelines.weights.pull import pull
+from server import services
+from server.accounts import keys, ledger, users
+from server.app import create_app
+from server.db.database import Database
+from server.jobs.store import JobStore
+from server.services import Services
+from server.settings import Settings
+from server.workers.devices import DeviceSpec
+from server.workers.protocol import Cancel, Cancelled, Failed, Ready, Run, Succeeded
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+GENERATE = "/api/image/fal/generate"
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000 1f15c4890000000d49444154789c6360606060000000"
+    "0500010d0a2db40000000049454e44ae426082".replace(" ", "")
+)
+NOW = 1_790_000_000.0
+CPU = DeviceSpec("cpu", "CPU", "cpu", 8 * 2**30, 6 * 2**30)
+MODEL = """
+[models.{name}]
+name = "{name}"
+kind = "{kind}"
+family = "tests.families.scripted"
+workflows = ["{workflow}"]
+credits = {{ base = {price} }}
+licence = "none"
+sizes = {{ "1:1" = [64, 64] }}
+defaults = {{ num_inference_steps = 2 }}
+weights = {{ source = "path", path = "{path}" }}
+"""
+DEFAULTS = """
+[default_models]
+upscale = "larger"
+remove-bg = "cut"
+"""
+
+
+class Instant:
+    """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once."""
+
+    def __init__(self, device: DeviceSpec, on_event: Callable[[str, Any], None]) -> None:
+        self.device, self.on_event = device, on_event
+        self.held: list[Run] = []
+        self.holds = True
+
+    def start(self) -> None:
+        self.says(Ready())
+
+    def send(self, command: Any) -> None:
+        match command:
+            case Run(params={"prompt": "hold"}) if self.holds:
+                self.held.append(command)
+            case Run():
+                self.end(command)
+            case Cancel(job_id):
+                self.held = [run for run in self.held if run.job_id != job_id]
+                self.says(Cancelled(job_id))
+
+    def release(self, *, holds: bool = False) -> None:
+        """End what is held; with `holds`, the next one is held again."""
+        self.holds = holds
+        while self.held:
+            self.end(self.held.pop(0))
+
+    def end(self, run: Run) -> None:
+        word, _, code = str(run.params.get("prompt", "")).partition(" ")
+        if word == "fail":
+            return self.says(Failed(run.job_id, code, "It broke."))
+        run.output.write_bytes(PNG)
+        return self.says(Succeeded(run.job_id, 64, 64, 0.5))
+
+    def says(self, event: Any) -> None:
+        asyncio.get_running_loop().call_soon(self.on_event, self.device.id, event)
+
+    async def stop(self, patience_s: float) -> None:
+        pass
+
+
+@dataclass
+class Someone:
+    """A user and how they call: `ask` posts JSON, `read` gets it."""
+
+    id: str
+    key: str
+    client: httpx.AsyncClient
+
+    async def call(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.client.request(method, path, json=body, headers=sent)
+
+    async def ask(self, path: str, body: Any = None, **headers: str) -> httpx.Response:
+        return await self.call("POST", path, body, **headers)
+
+    async def make(self, prompt: str = "work", model: str = "plain", **headers: str) -> httpx.Response:
+        return await self.ask(GENERATE, {"prompt": prompt, "model": model}, **headers)
+
+    async def read(self, path: str) -> Any:
+        return (await self.client.get(path)).raise_for_status().json()
+
+    async def balance(self) -> int:
+        return (await self.read("/api/credits"))["balance"]
+
+
+class Front:
+    """A served app and the people in front of it."""
+
+    def __init__(self, made: Services, clock: Clock) -> None:
+        self.services, self.clock = made, clock
+        self.store = JobStore(Database(made.settings.database))  # of our own: the server's is its thread's
+        self.db = self.store.db
+        self.app = create_app(made)
+        self.clients: list[httpx.AsyncClient] = []
+
+    @property
+    def workers(self) -> list[Instant]:
+        return [worker.supervisor for worker in self.services.dispatcher.workers.values()]  # type: ignore[misc]
+
+    def release(self, *, holds: bool = False) -> None:
+        for worker in self.workers:
+            worker.release(holds=holds)
+
+    def client(self, key: str = "", base_url: str = "http://127.0.0.1:8000") -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url=base_url, headers=headers)
+        self.clients.append(client)
+        return client
+
+    def someone(self, name: str = "ada", *, plan: str = "studio", credits: int = 0, role: str = "user") -> Someone:
+        with self.store.database.atomic() as db:
+            user_id = users.create_user(db, name, f"{name}@example.com", self.clock(), plan=plan, role=role)
+            if credits:
+                ledger.grant(db, user_id, credits, "test", self.clock())
+        return self.with_key(user_id)
+
+    def with_key(self, user_id: str, **options: Any) -> Someone:
+        with self.store.database.atomic() as db:
+            key = keys.create_key(db, user_id, "test", self.clock(), **options)
+        return Someone(user_id, key, self.client(key))
+
+    def owner(self) -> Someone:
+        return self.with_key(users.user_by_email(self.db, "owner@localhost"))
+
+    def rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        return list(self.db.query(sql, values))
+
+    async def settle(self) -> None:
+        """Until the dispatcher has handled all it was told."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+            await self.services.jobs.database.call(lambda: None)
+
+
+def furnish(folder: Path) -> Settings:
+    """Two models that make pictures, one that enlarges and one that cuts out; their weights are a few bytes."""
+    part = folder / "part.safetensors"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"weight": np.ones((4, 4), np.float32)}, part)
+    models = [("plain", "image", "text-to-image", 1), ("dear", "image", "text-to-image", 4)]
+    models += [("larger", "upscale", "upscale", 1), ("cut", "remove-bg", "remove-bg", 1)]
+    texts = [
+        MODEL.format(name=name, kind=kind, workflow=flow, price=price, path=part) for name, kind, flow, price in models
+    ]
+    toml = folder / "weights.toml"
+    toml.write_text(DEFAULTS + "".join(texts))
+    settings = Settings(data=folder / "data", weights_toml=toml)
+    for model in Catalog.load(toml).models.values():
+        pull(model, settings.weights)
+    return settings
+
+
+@asynccontextmanager
+async def front(settings: Settings, clock: Clock | None = None) -> AsyncIterator[Front]:
+    """Serve `settings` in this event loop until the block ends."""
+    clock = clock or Clock()
+    made = services.build_services(settings, [CPU], clock)
+    for worker in made.dispatcher.workers.values():
+        worker.supervisor = Instant(CPU, made.dispatcher._worker_said)  # type: ignore[assignment]
+    it = Front(made, clock)
+    await made.start()
+    await it.settle()
+    try:
+        yield it
+    finally:
+        for client in it.clients:
+            await client.aclose()
+        await made.stop()
+        it.store.database.close()
+
+
+def told(**options: Any) -> Callable[[Callable[[Front], Awaitable[None]]], Callable[[Path], None]]:
+    """A test told as a coroutine over a served app; `options` are settings."""
+
+    def wrap(test: Callable[[Front], Awaitable[None]]) -> Callable[[Path], None]:
+        def run(tmp_path: Path) -> None:
+            async def tell() -> None:
+                settings = furnish(tmp_path)
+                async with front(Settings(**{**vars(settings), **options})) as it:
+                    await test(it)
+
+            asyncio.run(tell())
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return wrap
+
+
+@functools.cache
+def picture() -> str:
+    """A small one, as a data URL."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(buffer, "png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
