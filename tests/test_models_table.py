@@ -8,7 +8,7 @@ from server.settings import PROJECT
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("models_table", PROJECT / "scripts" / "models_table.py")
+    spec = importlib.util.spec_from_file_location("models_table", PROJECT / "scripts" / "tools" / "models_table.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -59,12 +59,12 @@ def preparing(devices: list[DeviceState], needs: list[Need]) -> list[DeviceState
 def status_ms() -> float:
     with tempfile.TemporaryDirectory() as folder:
         made = services.build_services(Settings(data=Path(folder)), [CPU])
-        user = users.user_by_email(made.store.db, "owner@localhost")
+        user = users.user_by_email(made.database.db, "owner@localhost")
         weights = Weights("wayward", "tests.families.scripted", Path("x"), (Component("network", "a", 1, Path("x")),))
         made.shelf.runnable = lambda *_: RunSpec(weights, Need((("a", 1),), 1))  # type: ignore[method-assign]
         made.dispatcher.workers["cpu"].supervisor.start = lambda: None  # type: ignore[method-assign]
         for number in range(JOBS):
-            made.store.insert(job(number, user, made.files.new_name(".png")), time.time())
+            made.jobs.insert(job(number, user, made.files.new_name(".png")), time.time())
         with serving(made) as address, httpx.Client(base_url=address) as client:
             client.headers["Authorization"] = f"Bearer {made.first_key}"
             last = f"/api/jobs/job_{JOBS - 1}"

@@ -37,8 +37,8 @@ COLUMNS = {"id": "model", "kind": "kind", "runsOn": "runs on", "weights": "weigh
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(pull_models)
-    app.command()(verify_models)
+    app.command("pull")(pull_models)
+    app.command("verify")(verify_models)
     app.command("import")(import_)
     app.command()(models)
 

@@ -190,7 +190,7 @@ def test_answers_and_jobs_tell(house: House):
 def test_the_start_tells(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     made = services.build_services(replace(settings, data=tmp_path), [CPU])
     _print_startup(settings, made)
-    made.store.database.close()
+    made.database.close()
     line = next(line for line in capsys.readouterr().out.splitlines() if "demo" in line)
     assert all(name in line for name in (*FLUX, "wan-2.1,", "ltx-video")) and "u2net" not in line
     assert "plantain pull MODEL" in line and "--no-demo" in line
@@ -381,7 +381,7 @@ def test_damaged_ones_keep_the_server_from_starting_and_doctor_tells(mine: Setti
     harm(mine.weights_toml.parent / "weights" / "demo" / "wan")
     with pytest.raises(UnusableWeights, match=text):
         services.build_services(mine, [CPU])
-    services.build_services(replace(mine, demo=False), [CPU]).store.database.close()
+    services.build_services(replace(mine, demo=False), [CPU]).database.close()
     bad = [each.text for each in examine(mine, Catalog.load(mine.weights_toml), [CPU]) if each.state == "bad"]
     assert len(bad) == 1 and text in bad[0]
     environment = {"PLANTAIN_WEIGHTS_TOML": str(mine.weights_toml), "PLANTAIN_OFFLINE": "1"}

@@ -16,6 +16,7 @@ from server.db.database import Database
 from server.dispatch.actions import START_TIMEOUT_S
 from server.dispatch.dispatcher import Dispatcher
 from server.dispatch.queue import JobQueue
+from server.dispatch.recovery import completed_run
 from server.errors import DoesNotFit, InsufficientCredits, QueueFull, Unavailable
 from server.files.store import FileStore
 from server.jobs.job import Job, NewJob
@@ -264,7 +265,7 @@ def test_who_has_had_how_much_is_known_after_a_restart(tmp_path: Path):
 
     before(tmp_path)
     store = JobStore(Database(tmp_path / "plantain.sqlite"))
-    again = JobQueue([], [], store.ran(now[0] - 3600)).turns.shares
+    again = JobQueue([], [], [completed_run(run) for run in store.completed_runs(now[0] - 3600)]).turns.shares
     store.database.close()
     user, shares = books[0]
     assert again.spent(user) == pytest.approx(shares.spent(user)) == pytest.approx(30.0)

@@ -25,7 +25,7 @@ def made(furnished: Settings, tmp_path: Path) -> Iterator[Services]:
     (tmp_path / "weights").symlink_to(furnished.weights.absolute())
     opened = services.build_services(Settings(data=tmp_path, weights_toml=furnished.weights_toml), [CPU])
     yield opened
-    opened.store.database.close()
+    opened.database.close()
 
 
 def files(made: Services) -> list[str]:
@@ -33,7 +33,7 @@ def files(made: Services) -> list[str]:
 
 
 def owner(made: Services) -> Caller:
-    return Caller(users.user_by_email(made.store.db, "owner@localhost"), None, "admin")
+    return Caller(users.user_by_email(made.database.db, "owner@localhost"), None, "admin")
 
 
 def test_a_request_that_is_refused_leaves_no_file(made: Services):

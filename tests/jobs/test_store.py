@@ -104,7 +104,7 @@ def test_a_server_that_comes_back_takes_up_what_the_dead_one_left(tmp_path: Path
     first.start("job_1", "cpu", NOW)
     first.database.close()
     second = JobStore(Database(path))
-    assert [(job.id, job.status, job.attempts) for job in second.recover(NOW)] == [
+    assert [(job.id, job.status, job.attempts) for job in second.requeue_interrupted(NOW)] == [
         ("job_1", "queued", 1),
         ("job_2", "queued", 0),
         ("job_3", "queued", 0),

@@ -248,8 +248,8 @@ def serving(made: Services) -> Iterator[str]:
 def a_key(made: Services) -> str:
     from server.accounts import keys
 
-    user = users.user_by_email(made.store.db, "owner@localhost")
-    return keys.create_key(made.store.db, user, "test", time.time())
+    user = users.user_by_email(made.database.db, "owner@localhost")
+    return keys.create_key(made.database.db, user, "test", time.time())
 
 
 def data_url(image: Image.Image, kind: str = "png") -> str:
