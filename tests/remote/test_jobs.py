@@ -275,8 +275,8 @@ def test_a_server_that_died_while_it_handed_over_does_not_send_it_again(street: 
         job_id = begin(house)
         house.until(lambda: house.row(job_id).remote_request_id)
         forget = "UPDATE job SET remote_request_id = NULL"
-        house.client.portal.call(house.services.jobs.call, house.services.jobs.db.execute, forget)
-        house.client.portal.call(house.services.jobs.call, house.services.jobs.db.conn.commit)
+        house.client.portal.call(house.services.database.call, house.services.database.db.execute, forget)
+        house.client.portal.call(house.services.database.call, house.services.database.db.conn.commit)
     with street.house() as house:
         job = house.job(job_id)
         assert (job["status"], job["error"]["code"]) == ("failed", "REMOTE_SUBMIT_UNKNOWN")
@@ -290,8 +290,8 @@ def test_a_job_that_was_not_yet_sent_is_sent_after_the_restart(street: Street):
         job_id = begin(house)
         house.until(lambda: house.row(job_id).remote_request_id)
         back = "UPDATE job SET remote_request_id = NULL, status = 'queued', started_at = NULL"
-        house.client.portal.call(house.services.jobs.call, house.services.jobs.db.execute, back)
-        house.client.portal.call(house.services.jobs.call, house.services.jobs.db.conn.commit)
+        house.client.portal.call(house.services.database.call, house.services.database.db.execute, back)
+        house.client.portal.call(house.services.database.call, house.services.database.db.conn.commit)
     street.fal.reset()
     street.fal.result = {"images": [{"url": street.fal.serves("made.png", picture())}]}
     with street.house() as house:

@@ -39,7 +39,7 @@ class House:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tests.crash_server"])
+        self.context.set_forkserver_preload(["tests.support.crash_server"])
         self.process: BaseProcess | None = None
 
     def start(self, finish: bool = False) -> BaseProcess:

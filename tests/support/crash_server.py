@@ -41,7 +41,7 @@ async def serve(folder: Path, finish: bool) -> None:
     files.sweep(store.file_names(), older_than_s=0)
     devices = [DeviceSpec(f"cpu{n}", "CPU", "cpu", 100, 25) for n in range(2)]
     shelf: Any = SimpleNamespace(families=list, runnable=lambda *_: RUNNABLE, peaks=None)
-    spawn = partial(Supervisor, module="tests.light_worker")
+    spawn = partial(Supervisor, module="tests.support.stub_worker")
     dispatcher = Dispatcher(store, files, shelf, devices, spawn=spawn)
     await dispatcher.start()
     (folder / "up").touch()

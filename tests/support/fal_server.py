@@ -85,7 +85,7 @@ class RemoteHouse:
         return self.client.get(f"/api/jobs/{job_id}").json()
 
     def row(self, job_id: str) -> Job:
-        return self.client.portal.call(self.services.jobs.call, self.services.jobs.job, job_id)
+        return self.client.portal.call(self.services.database.call, self.services.jobs.job, job_id)
 
     def until(self, holds: Callable[[], Any]) -> Any:
         return wait_for(holds)
