@@ -141,7 +141,7 @@ def test_a_job_that_a_crash_began_anew(house: House):
     job = house.ask(GENERATE, body(model="flux-dev", numInferenceSteps=50), Prefer="respond-async").json()
     route = f"/api/jobs/{job['id']}"
     house.until(lambda: (house.read(route)["progress"] or {}).get("step", 0) > 2)
-    worker = house.services.dispatcher.workers["cpu"].supervisor.pid
+    worker = house.services.dispatcher.state.workers["cpu"].supervisor.pid
     assert worker
     os.kill(worker, signal.SIGKILL)
     done = house.until(lambda: (told := house.read(route))["status"] == "succeeded" and told)

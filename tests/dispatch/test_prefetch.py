@@ -27,8 +27,8 @@ class Watched:
         self.house, self.folder = house, folder
         self.log: list[Any] = []
         dispatcher = house.services.dispatcher
-        dispatcher.backlog.policy = Policy(worth_bytes=1)
-        self.worker = dispatcher.workers["cpu"]
+        dispatcher.state.queue.policy = Policy(worth_bytes=1)
+        self.worker = dispatcher.state.workers["cpu"]
         supervisor = self.worker.supervisor
         send, on_event = supervisor.send, supervisor._on_event
         supervisor.send = lambda command: (self.log.append(command), send(command))[1]  # type: ignore[method-assign]
@@ -53,7 +53,7 @@ class Watched:
         return self.house.until(lambda: (now := self.status(job_id)) not in ("queued", "running") and now)
 
     def runs(self, job_id: str) -> None:
-        self.house.until(lambda: self.worker.runs and self.worker.runs.job_id == job_id)
+        self.house.until(lambda: self.worker.job and self.worker.job.job_id == job_id)
 
     def prefetched(self, job_id: str) -> Prefetched:
         """What the worker says at the errand's end."""
@@ -71,7 +71,7 @@ class Watched:
 
     def books_are_right(self) -> None:
         """What the server thinks is resident is what the worker told last, and as many bytes."""
-        self.house.until(lambda: self.worker.status == "idle" and not [p for p in self.worker.preparations if p.coming])
+        self.house.until(lambda: self.worker.status == "idle" and not [p for p in self.worker.prefetches if p.pending])
         told = [each for each in self.log if isinstance(each, Resident)][-1]
         self.house.until(lambda: dict(self.worker.resident) == dict(told.components))
 
@@ -90,16 +90,16 @@ def house(settings: Settings) -> Iterator[House]:
 @pytest.fixture
 def it(house: House, tmp_path: Path) -> Iterator[Watched]:
     """With nothing resident."""
-    worker = house.services.dispatcher.workers["cpu"]
-    supervisor, policy = worker.supervisor, house.services.dispatcher.backlog.policy
+    worker = house.services.dispatcher.state.workers["cpu"]
+    supervisor, policy = worker.supervisor, house.services.dispatcher.state.queue.policy
     house.until(lambda: worker.status == "idle")
     for key in dict(worker.resident):
-        worker.forget({key})
+        worker.remove({key})
         supervisor.send(Evict(key))
     calls = supervisor.send, supervisor._on_event
     yield Watched(house, tmp_path)
     supervisor.send, supervisor._on_event = calls  # type: ignore[method-assign]
-    house.services.dispatcher.backlog.policy = policy
+    house.services.dispatcher.state.queue.policy = policy
 
 
 def keys_of(it: Watched, model: str) -> set[str]:
@@ -130,11 +130,11 @@ def test_a_file_that_is_gone_is_no_concern_of_the_running_job_and_the_next_one_m
 ):
     file = settings.data.parent / "made" / "flux-kontext" / FILE
     first = it.hold("flag")
-    it.worker.halted = True  # so that nothing is prepared before the file is gone
+    it.worker.drain(True)  # so that nothing is prepared before the file is gone
     second = it.ask("flux-kontext")
     kept = file.read_bytes()
     file.unlink()
-    it.worker.halted = False
+    it.worker.drain(False)
     try:
         assert "flux-kontext" in it.prefetched(second).failure
         assert it.status(first) == "running"
@@ -149,7 +149,7 @@ def test_a_file_that_is_gone_is_no_concern_of_the_running_job_and_the_next_one_m
 
 def test_a_cancel_of_the_job_that_was_prepared_for_leaves_its_weights_as_any_others(it: Watched):
     first, second = it.hold("flag"), it.ask("flux-dev")
-    it.house.until(lambda: it.worker.preparation)
+    it.house.until(lambda: it.worker.prefetch)
     it.house.ask(f"/api/jobs/{second}/cancel")
     third = it.ask("flux-schnell")
     assert it.prefetched(third).failure == ""
@@ -161,9 +161,9 @@ def test_a_cancel_of_the_job_that_was_prepared_for_leaves_its_weights_as_any_oth
 
 def test_an_evict_while_a_component_is_on_its_way_is_kept(it: Watched):
     first, second = it.hold("flag"), it.ask("flux-dev")
-    preparation = it.house.until(lambda: it.worker.preparation)
-    key = preparation.coming[-1][0]
-    it.worker.forget({key})
+    preparation = it.house.until(lambda: it.worker.prefetch)
+    key = preparation.pending[-1][0]
+    it.worker.remove({key})
     it.worker.supervisor.send(Evict(key))
     it.prefetched(second)
     it.let_go("flag")
@@ -173,7 +173,7 @@ def test_an_evict_while_a_component_is_on_its_way_is_kept(it: Watched):
 
 def test_a_worker_killed_while_it_prefetches_leaves_right_books_and_both_jobs_run(it: Watched):
     first, second = it.hold("flag"), it.ask("flux-dev")
-    it.house.until(lambda: it.worker.preparation)
+    it.house.until(lambda: it.worker.prefetch)
     pid = it.worker.supervisor.pid or 0
     children = psutil.Process(pid).children()
     os.kill(pid, signal.SIGKILL)

@@ -68,7 +68,7 @@ def kinds(house: House, job_id: str) -> list[str]:
 
 
 def rungs(house: House) -> list[dict[str, Any]]:
-    return house.read("/api/admin/devices")["devices"][0]["rungs"]
+    return house.read("/api/admin/devices")["devices"][0]["oomAttempts"]
 
 
 def test_it_is_made_at_fal_for_what_it_was_charged(house: House, fal: FakeFal):
@@ -83,8 +83,8 @@ def test_it_is_made_at_fal_for_what_it_was_charged(house: House, fal: FakeFal):
     assert [(each.endpoint, each.arguments["prompt"]) for each in fal.submitted] == [("fal-ai/flux/dev", "never")]
     assert house.services.jobs.job(job["id"]).attempts == 1
     last = rungs(house)[0]
-    assert (last["way"], last["nextDevice"], last["nextWay"]) == ("streamed, tiled", "fal", None)
-    assert house.services.dispatcher.workers["cpu"].runs is None
+    assert (last["mode"], last["nextDevice"], last["nextMode"]) == ("streamed, tiled", "fal", None)
+    assert house.services.dispatcher.state.workers["cpu"].job is None
     assert house.ask(GENERATE, {**WORD, "prompt": "a red circle"}).headers["x-served-by"] == "local"
 
 

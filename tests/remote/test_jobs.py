@@ -180,7 +180,7 @@ def test_progress_is_fals(house: RemoteHouse):
     waiting = house.until(lambda: house.job(job_id)["progress"])
     assert waiting == {"phase": "queued at fal", "step": 2, "steps": 0, "secondsLeft": None}
     said: list[Any] = []
-    house.services.dispatcher.endings.progress = Noting(said)
+    house.services.dispatcher.state.progress = Noting(said)
     house.fal.hold = False
     house.until(lambda: house.job(job_id)["status"] == "succeeded")
     assert [(each.phase, each.step, each.steps) for each in said] == [("running at fal", 14, 28)]

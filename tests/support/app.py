@@ -67,7 +67,7 @@ remove-bg = "cut"
 class Instant:
     """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once."""
 
-    def __init__(self, device: DeviceSpec, on_event: Callable[[str, Any], None]) -> None:
+    def __init__(self, device: DeviceSpec, families: Any, on_event: Callable[[str, Any], None]) -> None:
         self.device, self.on_event = device, on_event
         self.held: list[Run] = []
         self.holds = True
@@ -142,7 +142,7 @@ class Front:
 
     @property
     def workers(self) -> list[Instant]:
-        return [worker.supervisor for worker in self.services.dispatcher.workers.values()]  # type: ignore[misc]
+        return [worker.supervisor for worker in self.services.dispatcher.state.workers.values()]  # type: ignore[misc]
 
     def release(self, *, holds: bool = False) -> None:
         for worker in self.workers:
@@ -201,9 +201,7 @@ def furnish(folder: Path) -> Settings:
 async def front(settings: Settings, clock: Clock | None = None) -> AsyncIterator[Front]:
     """Serve `settings` in this event loop until the block ends."""
     clock = clock or Clock()
-    made = services.build_services(settings, [CPU], clock)
-    for worker in made.dispatcher.workers.values():
-        worker.supervisor = Instant(CPU, made.dispatcher._worker_said)  # type: ignore[assignment]
+    made = services.build_services(settings, [CPU], clock, spawn=Instant)  # type: ignore[arg-type]
     it = Front(made, clock)
     await made.start()
     await it.settle()
