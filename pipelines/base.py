@@ -56,7 +56,7 @@ class Component:
     `key` is the hash of its files and its dtype: two components with one key hold the same bytes and are loaded once.
     `weights_bytes` is what it takes on a device. `path` is a folder (diffusers layout) or a single file.
     `block_bytes` are those of its blocks, in any order: layers that follow one another and can be streamed.
-    `storage` is what its matrices are kept as where that is another than they are computed in. `stamps` are its files
+    `storage` is what its matrices are kept as where that is another than they are computed in. `fingerprints` are its files
     as they were when its key was found: another file under the same name is not loaded. `config` is the folder of the
     component that it stands in for, where its file has no configuration of its own.
     """
@@ -68,7 +68,7 @@ class Component:
     dtype: str = "float32"
     block_bytes: tuple[int, ...] = ()
     storage: str | None = None
-    stamps: tuple[FileFingerprint, ...] = ()
+    fingerprints: tuple[FileFingerprint, ...] = ()
     config: Path | None = None
 
 
@@ -99,14 +99,14 @@ class Weights:
 class ExecutionMode:
     """How a job is run on its device. `tiled` decodes in tiles.
 
-    What only a worker needs: `phases` are (name, component keys) in order; `kept` are (key, bytes), the components
+    What only a worker needs: `phases` are (name, component keys) in order; `streamed_bytes` are (key, bytes), the components
     that are streamed, with the bytes of blocks that may stay on the device.
     """
 
     tier: Tier = "resident"
     tiled: bool = False
     phases: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    kept: tuple[tuple[str, int], ...] = ()
+    streamed_bytes: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -140,13 +140,13 @@ class Peak:
 class Loader:
     """How a family loads a component when no run asks for it yet.
 
-    `apart`: what loads it changes torch for its whole process, so that no other run may be in that one. Without `packs`
+    `needs_subprocess`: what loads it changes torch for its whole process, so that no other run may be in that one. Without `returns_module`
     it is made on the device at once (an ONNX session), and there is nothing that host memory could keep.
     """
 
     load: Callable[[Component], Any]
-    apart: bool = False
-    packs: bool = True
+    needs_subprocess: bool = False
+    returns_module: bool = True
 
 
 class Pipeline(Protocol):

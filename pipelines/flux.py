@@ -111,7 +111,7 @@ def build(weights: Weights, residency: Residency) -> "Flux":
 
 def loader(weights: Weights, device: torch.device) -> Loader:
     """Diffusers' and transformers' `from_pretrained`: in a process of its own while a run is in this one."""
-    return Loader(load_component, apart=True)
+    return Loader(load_component, needs_subprocess=True)
 
 
 class Flux:
@@ -207,10 +207,10 @@ class Flux:
 
     def _decode(self, latents: torch.Tensor, params: TextToImage) -> Image.Image:
         """As diffusers' guide to running the parts apart has it (docs: training/distributed_inference)."""
-        vae = self._hold("vae")
+        vae = self._acquire("vae")
         latents = FluxPipeline._unpack_latents(latents, params.height, params.width, self._vae_scale)
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        with tiled_decoding(vae, self._residency.way.tiled):
+        with tiled_decoding(vae, self._residency.mode.tiled):
             pixels = vae.decode(latents, return_dict=False)[0]
         if not torch.isfinite(pixels).all():
             raise InvalidOutput(f"{self._weights.model} made a picture with NaN or infinite pixels")
@@ -218,7 +218,7 @@ class Flux:
 
     def _pipe(self, recipe: Recipe, *names: str) -> Any:
         """The recipe's diffusers pipeline on the named components alone, told the VAE's geometry even without it."""
-        parts = dict.fromkeys(COMPONENTS) | {name: self._hold(name) for name in names}
+        parts = dict.fromkeys(COMPONENTS) | {name: self._acquire(name) for name in names}
         noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config)
         pipe = recipe.pipeline(
             **parts, tokenizer=self._tokenizer, tokenizer_2=self._tokenizer_2, scheduler=noise_scheduler
@@ -231,8 +231,8 @@ class Flux:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def _hold(self, name: str) -> torch.nn.Module:
-        return self._residency.hold(self._weights.component(name), load_component)
+    def _acquire(self, name: str) -> torch.nn.Module:
+        return self._residency.acquire(self._weights.component(name), load_component)
 
     def _check_size(self, params: TextToImage) -> None:
         multiple = 2 * self._vae_scale

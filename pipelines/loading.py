@@ -29,7 +29,7 @@ def load_component(component: Component) -> torch.nn.Module:
     if component.storage == GGUF:
         return load_gguf(component)
     check_files(component.path)
-    check_stamps(component)
+    check_fingerprints(component)
     loader = class_of(component.path.parent, component.path.name)
     dtype = getattr(torch, component.dtype)
     try:
@@ -51,7 +51,7 @@ def load_component(component: Component) -> torch.nn.Module:
 
 def load_gguf(component: Component) -> torch.nn.Module:
     """A denoiser from one GGUF file, with the configuration of the one that it stands in for. Raises the same."""
-    check_stamps(component)
+    check_fingerprints(component)
     config, dtype = component.config or component.path, getattr(torch, component.dtype)
     try:
         gguf_tensors(component.path)  # before the gguf package reads it, which sets itself no bounds
@@ -118,10 +118,10 @@ def check_files(folder: Path) -> None:
             raise UnusableWeights(f"{file}: {error}") from error
 
 
-def check_stamps(component: Component) -> None:
+def check_fingerprints(component: Component) -> None:
     """Raises `UnusableWeights` where a file is another than the one that the component's key stands for."""
     folder = component.path if component.path.is_dir() else component.path.parent
-    for stamp in component.stamps:
+    for stamp in component.fingerprints:
         if FileFingerprint.of(folder / stamp.name) != stamp:
             raise UnusableWeights(
                 f"{folder / stamp.name} was replaced or removed while the server ran. `plantain verify` tells whether "

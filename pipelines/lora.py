@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipelines.base import UnusableWeights
-from pipelines.loading import check_stamps
+from pipelines.loading import check_fingerprints
 from pipelines.params import AppliedLora
 
 PREFIX = "transformer."
@@ -46,7 +46,7 @@ def load(pipe: Any, lora: AppliedLora, name: str) -> None:
     component = lora.weights
     if component is None:
         raise UnusableWeights(f"LoRA {lora.id}: no file was given for it")
-    check_stamps(component)
+    check_fingerprints(component)
     options = {"weight_name": component.path.name, "local_files_only": True, "use_safetensors": True}
     try:
         check_kind(component.path)

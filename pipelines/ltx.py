@@ -48,7 +48,7 @@ def build(weights: Weights, residency: Residency) -> "Ltx":
 
 def loader(weights: Weights, device: torch.device) -> Loader:
     """Diffusers' and transformers' `from_pretrained`: in a process of its own while a run is in this one."""
-    return Loader(load_component, apart=True)
+    return Loader(load_component, needs_subprocess=True)
 
 
 class Ltx:
@@ -84,7 +84,7 @@ class Ltx:
             on_step("decode", 0, 1)
             frames = self._decode(latents, start.frames, generator)
             on_step("decode", 1, 1)
-        return VideoOutput(frames[start.repeated :], params.fps, start.after)
+        return VideoOutput(frames[start.overlap_frames :], params.fps, start.continues)
 
     def _encode_prompts(self, params: TextToVideo) -> dict[str, Any]:
         """As diffusers' keyword arguments; the negative ones where there is guidance."""
@@ -133,7 +133,7 @@ class Ltx:
 
     def _decode(self, latents: torch.Tensor, count: int, generator: torch.Generator) -> np.ndarray:
         """Frames (count, height, width, 3), 8 bits, as diffusers' own pipeline decodes them."""
-        vae = self._hold("vae")
+        vae = self._acquire("vae")
         latents = LTXConditionPipeline._denormalize_latents(
             latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
         ).to(vae.dtype)
@@ -144,21 +144,21 @@ class Ltx:
             latents = (1 - share) * latents + share * noise
         vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = PIECE_FRAMES, PIECE_STRIDE
         vae.use_framewise_decoding = count > WHOLE_FRAMES
-        with tiled_decoding(vae, self._residency.way.tiled):
+        with tiled_decoding(vae, self._residency.mode.tiled):
             pixels = vae.decode(latents, timestep, return_dict=False)[0][0]
         vae.use_framewise_decoding = False  # encoding heeds it too
         return to_frames(pixels)
 
     def _pipe(self, *names: str) -> LTXConditionPipeline:
         """diffusers' pipeline on the named components alone."""
-        parts = {"text_encoder": None, "transformer": None, "vae": None} | {name: self._hold(name) for name in names}
+        parts = {"text_encoder": None, "transformer": None, "vae": None} | {name: self._acquire(name) for name in names}
         noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config, **UNSHIFTED)
         pipe = LTXConditionPipeline(**parts, tokenizer=self._tokenizer, scheduler=noise_scheduler)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def _hold(self, name: str) -> torch.nn.Module:
-        return self._residency.hold(self._weights.component(name), load_component)
+    def _acquire(self, name: str) -> torch.nn.Module:
+        return self._residency.acquire(self._weights.component(name), load_component)
 
 
 ARCHITECTURES = frozenset({"LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"})
@@ -167,12 +167,12 @@ ARCHITECTURES = frozenset({"LTXPipeline", "LTXImageToVideoPipeline", "LTXConditi
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a run begins with, and the frames to make. The first `repeated` stand in the video `after` already."""
+    """What a run begins with, and the frames to make. The first `overlap_frames` stand in the video `continues` already."""
 
     frames: int
     conditions: tuple[LTXVideoCondition, ...] = ()
-    repeated: int = 0
-    after: Path | None = None
+    overlap_frames: int = 0
+    continues: Path | None = None
 
 
 def from_text(params: TextToVideo) -> Conditioning:
@@ -195,7 +195,7 @@ def from_video_end(params: ExtendVideo) -> Conditioning:
     wanted = min(CONTEXT_FRAMES, max(1, TRAINED_FRAMES - params.num_frames))
     frames = align_to_latents(last_frames(params.video, size_of(params), wanted, params.fps)[::-1])[::-1]
     start = Conditioning(len(frames) + params.num_frames, (video_condition(frames),))
-    return replace(start, repeated=len(frames), after=params.video)
+    return replace(start, overlap_frames=len(frames), continues=params.video)
 
 
 def from_reference(params: ReferenceToVideo) -> Conditioning:

@@ -123,7 +123,7 @@ class RealEsrgan:
         are none, and whatever `on_step` raises, after any tile.
         """
         image = open_image(params.image)
-        network = self._residency.hold(self._component, partial(load_for, self._residency.device))
+        network = self._residency.acquire(self._component, partial(load_for, self._residency.device))
         return upscale(network, image, params.scale, on_step)
 
 

@@ -31,7 +31,7 @@ def build(weights: Weights, residency: Residency) -> "Rembg":
 
 def loader(weights: Weights, device: torch.device) -> Loader:
     """rembg's session, opened on the device."""
-    return Loader(lambda component: open_session(weights.model, component.path, device), packs=False)
+    return Loader(lambda component: open_session(weights.model, component.path, device), returns_module=False)
 
 
 class Rembg:
@@ -48,7 +48,7 @@ class Rembg:
         Raises `InvalidInput` for an unusable file, and whatever `on_step` raises.
         """
         image = open_image(params.image)
-        session = self._residency.hold(self._component, self._open)
+        session = self._residency.acquire(self._component, self._open)
         on_step("remove-bg", 0, 1)
         cutout = rembg.remove(image, session=session)
         on_step("remove-bg", 1, 1)

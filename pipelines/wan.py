@@ -34,13 +34,13 @@ UNKNOWN = Image.new("RGB", (1, 1), (128, 128, 128))
 class Conditioning:
     """What a run begins with: diffusers' keyword arguments, and the frames to make.
 
-    The first `repeated` frames stand in the video `after` already. References take latents of their own.
+    The first `overlap_frames` frames stand in the video `continues` already. References take latents of their own.
     """
 
     inputs: Mapping[str, Any]
     frames: int
-    repeated: int = 0
-    after: Path | None = None
+    overlap_frames: int = 0
+    continues: Path | None = None
     reference_latents: int = 0
 
 
@@ -57,7 +57,9 @@ def from_image(params: ImageToVideo) -> Conditioning:
 def from_video_end(params: ExtendVideo) -> Conditioning:
     """Image to video was trained on one frame that is known, so that is all it sees of the video."""
     frames = last_frames(params.video, wan_size(params), 1, params.fps)
-    return Conditioning({"image": Image.fromarray(frames[0])}, 1 + params.num_frames, repeated=1, after=params.video)
+    return Conditioning(
+        {"image": Image.fromarray(frames[0])}, 1 + params.num_frames, overlap_frames=1, continues=params.video
+    )
 
 
 def vace_from_image(params: ImageToVideo) -> Conditioning:
@@ -74,7 +76,9 @@ def vace_from_end(params: ExtendVideo) -> Conditioning:
     frames = frames[-((len(frames) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1) :]
     count = len(frames) + params.num_frames
     known = {n: Image.fromarray(frame) for n, frame in enumerate(frames)}
-    return Conditioning(inpainting(known, count, wan_size(params)), count, repeated=len(frames), after=params.video)
+    return Conditioning(
+        inpainting(known, count, wan_size(params)), count, overlap_frames=len(frames), continues=params.video
+    )
 
 
 def vace_from_references(params: ReferenceToVideo) -> Conditioning:
@@ -142,7 +146,7 @@ def build(weights: Weights, residency: Residency) -> "Wan":
 
 def loader(weights: Weights, device: torch.device) -> Loader:
     """Diffusers' and transformers' `from_pretrained`: in a process of its own while a run is in this one."""
-    return Loader(load_component, apart=True)
+    return Loader(load_component, needs_subprocess=True)
 
 
 class Wan:
@@ -181,7 +185,7 @@ class Wan:
             on_step("decode", 0, 1)
             frames = self._decode(latents[:, :, start.reference_latents :])
             on_step("decode", 1, 1)
-        return VideoOutput(frames[start.repeated :], params.fps, start.after)
+        return VideoOutput(frames[start.overlap_frames :], params.fps, start.continues)
 
     def _start(self, params: TextToVideo) -> Conditioning:
         recipe = CONDITIONING.get((self._architecture, type(params)))
@@ -217,7 +221,7 @@ class Wan:
     ) -> torch.Tensor:
         """Latents (1, channels, count, height / 8, width / 8); the references' come first."""
         pipe = self._pipe(self._pipeline, params, *self._denoisers)
-        tiles = tiled_decoding(pipe.vae, self._residency.way.tiled and pipe.vae is not None)
+        tiles = tiled_decoding(pipe.vae, self._residency.mode.tiled and pipe.vae is not None)
         faster = compiled_blocks(pipe.transformer, self._weights.compiled and not params.loras)
         with apply_loras(pipe, params.loras, self._residency.device), tiles, faster:
             return pipe(
@@ -236,13 +240,13 @@ class Wan:
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
         """Frames (count, height, width, 3), 8 bits, as diffusers' own pipelines decode them."""
-        vae = self._hold("vae")
+        vae = self._acquire("vae")
         latents = latents.to(vae.device, vae.dtype)
         mean, std = (
             torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        with tiled_decoding(vae, self._residency.way.tiled):
+        with tiled_decoding(vae, self._residency.mode.tiled):
             return to_frames(vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][0])
 
     def _pipe(self, pipeline: Any, params: TextToVideo, *names: str) -> Any:
@@ -250,15 +254,15 @@ class Wan:
         parts: dict[str, Any] = {"text_encoder": None, "vae": None, "transformer": None}
         if "image_encoder" in names:
             parts["image_processor"] = self._image_processor
-        parts |= {name: self._hold(name) for name in names}
+        parts |= {name: self._acquire(name) for name in names}
         shift = 5.0 if params.width * params.height > SHIFTED_PIXELS else 3.0
         noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config, flow_shift=shift)
         pipe = pipeline(**parts, tokenizer=self._tokenizer, scheduler=noise_scheduler)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def _hold(self, name: str) -> torch.nn.Module:
-        return self._residency.hold(self._weights.component(name), load_component)
+    def _acquire(self, name: str) -> torch.nn.Module:
+        return self._residency.acquire(self._weights.component(name), load_component)
 
 
 ARCHITECTURES: Mapping[str, tuple[Any, tuple[str, ...]]] = {

@@ -15,12 +15,12 @@ class HostMemoryExhausted(MemoryError):
 
 
 class HostCache:
-    """By component key, least recently used first. `promised` are bytes by key of copies that are being made."""
+    """By component key, least recently used first. `reserved` are bytes by key of copies that are being made."""
 
     def __init__(self, budget_bytes: int | None = None) -> None:
         self.budget_bytes = budget_bytes
         self.copies: dict[str, PackedModule] = {}
-        self.promised: dict[str, int] = {}
+        self.reserved: dict[str, int] = {}
 
     @property
     def total_bytes(self) -> int:
@@ -39,21 +39,21 @@ class HostCache:
         if self.budget_bytes is None:
             return
         free = [key for key in self.copies if key not in in_use]
-        promised_bytes = sum(self.promised.values())
-        used_bytes = self.total_bytes + promised_bytes - sum(self.copies[key].weights_bytes for key in free)
+        reserved_bytes = sum(self.reserved.values())
+        used_bytes = self.total_bytes + reserved_bytes - sum(self.copies[key].weights_bytes for key in free)
         if used_bytes + needed_bytes > self.budget_bytes:
             raise HostMemoryExhausted(
                 f"A copy of {needed_bytes / GIB:.2f} GiB beside {used_bytes / GIB:.2f} GiB in use is more than the "
                 f"{self.budget_bytes / GIB:.2f} GiB of host memory for the copies of weights."
             )
-        while self.total_bytes + promised_bytes + needed_bytes > self.budget_bytes:
+        while self.total_bytes + reserved_bytes + needed_bytes > self.budget_bytes:
             self.drop(free.pop(0))
 
     def keep(self, key: str, copy: PackedModule) -> None:
         self.copies[key] = copy
 
     def drop(self, key: str) -> None:
-        self.copies.pop(key).leave_host()
+        self.copies.pop(key).free_host()
 
     def clear(self) -> None:
         while self.copies:

@@ -50,7 +50,7 @@ class Block:
     """One layer of several alike, which are run one after the other: the bytes `start` to `end` of the buffer."""
 
     module: torch.nn.Module
-    places: TensorSlots
+    slots: TensorSlots
     start: int
     end: int
 
@@ -63,14 +63,14 @@ class Block:
 class Layout:
     """What lies outside of blocks comes first, then block by block in the order of their modules."""
 
-    outside: TensorSlots
-    outside_bytes: int
+    unblocked: TensorSlots
+    unblocked_bytes: int
     blocks: list[Block]
     total_bytes: int
 
     @property
-    def places(self) -> TensorSlots:
-        return [*self.outside, *(place for block in self.blocks for place in block.places)]
+    def slots(self) -> TensorSlots:
+        return [*self.unblocked, *(slot for block in self.blocks for slot in block.slots)]
 
 
 def lay_out(module: torch.nn.Module) -> Layout:
@@ -85,15 +85,15 @@ def lay_out(module: torch.nn.Module) -> Layout:
         homes[identity] = home if homes.get(identity, home) == home else None
         objects.setdefault(id(tensor), (tensor, identity))
     offsets: dict[tuple[Any, ...], int] = {}
-    outside = _place_tensors(None, objects, homes, offsets, 0)
-    outside_bytes = end = end_of(outside, 0)
+    unblocked = _place_tensors(None, objects, homes, offsets, 0)
+    unblocked_bytes = end = end_of(unblocked, 0)
     blocks = []
     for name, child in modules.items():
         start = -(-end // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
-        if places := _place_tensors(name, objects, homes, offsets, start):
-            end = end_of(places, start)
-            blocks.append(Block(child, places, start, end))
-    return Layout(outside, outside_bytes, blocks, end)
+        if slots := _place_tensors(name, objects, homes, offsets, start):
+            end = end_of(slots, start)
+            blocks.append(Block(child, slots, start, end))
+    return Layout(unblocked, unblocked_bytes, blocks, end)
 
 
 def _place_tensors(
@@ -104,19 +104,19 @@ def _place_tensors(
     start: int,
 ) -> TensorSlots:
     """The tensors at home in one block (or outside), one behind the other from `start` on; the same memory once."""
-    places: TensorSlots = []
+    slots: TensorSlots = []
     for tensor, identity in objects.values():
         if homes[identity] == home:
             if identity not in offsets:
                 offsets[identity] = start
-            place = TensorSlot(tensor, offsets[identity], tensor.dtype, tensor.shape)
-            start = max(start, place.end)
-            places.append(place)
-    return places
+            slot = TensorSlot(tensor, offsets[identity], tensor.dtype, tensor.shape)
+            start = max(start, slot.end)
+            slots.append(slot)
+    return slots
 
 
-def end_of(places: TensorSlots, start: int) -> int:
-    return max((place.end for place in places), default=start)
+def end_of(slots: TensorSlots, start: int) -> int:
+    return max((slot.end for slot in slots), default=start)
 
 
 def tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -142,10 +142,10 @@ def block_of(name: str) -> str | None:
 
 
 @torch.inference_mode(False)
-def point(places: TensorSlots, buffer: torch.Tensor, start: int = 0) -> None:
+def point(slots: TensorSlots, buffer: torch.Tensor, start: int = 0) -> None:
     """Let all of them be views, alike whether within a run or before it: else compiled code takes them for others."""
-    for place in places:
-        place.point(buffer, start)
+    for slot in slots:
+        slot.point(buffer, start)
 
 
 class PackedModule:
@@ -159,17 +159,17 @@ class PackedModule:
         self.loaded, self.layout, self.host = loaded, layout, host
         self.page_locked = False
         self.kept_bytes: int | None = None
-        self._lodging: Any = None
+        self._device_copy: Any = None
 
     @classmethod
     def of(cls, module: torch.nn.Module, buffer: Callable[[int], torch.Tensor] | None = None) -> "PackedModule":
         """Copy the module's tensors into one new buffer, made by `buffer` of so many bytes."""
         layout = lay_out(module)
         host = (buffer or host_buffer)(layout.total_bytes)
-        for place in layout.places:
-            loaded = place.tensor.data
-            place.point(host)
-            place.tensor.data.copy_(loaded)
+        for slot in layout.slots:
+            loaded = slot.tensor.data
+            slot.point(host)
+            slot.tensor.data.copy_(loaded)
         return cls(module, layout, host)
 
     @property
@@ -179,9 +179,9 @@ class PackedModule:
     @property
     def device_bytes(self) -> int:
         """What it takes on the device now; where the host is the device, the host's copy."""
-        return self._lodging.size_bytes if self._lodging else self.host.nbytes
+        return self._device_copy.size_bytes if self._device_copy else self.host.nbytes
 
-    def touch(self) -> None:
+    def fault_in_pages(self) -> None:
         """Have every page of the host's buffer in this process's resident set, where another one has filled it."""
         self.host[:: mmap.PAGESIZE].sum()
 
@@ -195,26 +195,26 @@ class PackedModule:
         except RuntimeError as error:
             log.warning("%s of host memory could not be page-locked: %s", self.host.nbytes, error)
 
-    def lodge(self, lodging: "ResidentCopy | Any", kept_bytes: int | None = None) -> None:
+    def attach(self, device_copy: "ResidentCopy | Any", kept_bytes: int | None = None) -> None:
         """It is on the device now, whole, or streamed with so many bytes of blocks that stay."""
-        self._lodging, self.kept_bytes = lodging, kept_bytes
+        self._device_copy, self.kept_bytes = device_copy, kept_bytes
 
-    def leave_device(self) -> None:
+    def free_device(self) -> None:
         """Free the device's copy; without one the host is the device, and the weights are gone."""
-        if self._lodging is None:
-            self.leave_host()
+        if self._device_copy is None:
+            self.free_host()
             return
-        lodging, self._lodging, self.kept_bytes = self._lodging, None, None
-        lodging.leave()
-        point(self.layout.places, self.host)
-        del lodging
+        device_copy, self._device_copy, self.kept_bytes = self._device_copy, None, None
+        device_copy.leave()
+        point(self.layout.slots, self.host)
+        del device_copy
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # else small tensors move into the freed block, and it fits no component again
 
-    def leave_host(self) -> None:
+    def free_host(self) -> None:
         """Free the host's copy. The module is of no use any more, whoever still has it."""
-        for place in self.layout.places:
-            place.tensor.data = torch.empty(0, dtype=place.dtype)
+        for slot in self.layout.slots:
+            slot.tensor.data = torch.empty(0, dtype=slot.dtype)
         if self.page_locked:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.host.data_ptr()))
         del self.host
@@ -227,21 +227,21 @@ class ResidentCopy:
         """`buffer` is on the device, as large as the host's."""
         layout, host, self._link = packed.layout, packed.host, link
         self._buffer = torch.empty_like(host, device=link.device) if buffer is None else buffer
-        link.after_work()
-        link.wait(link.copy(self._buffer[: layout.outside_bytes], host[: layout.outside_bytes]))
+        link.wait_for_compute()
+        link.wait(link.copy(self._buffer[: layout.unblocked_bytes], host[: layout.unblocked_bytes]))
         self._hooks = []
         for block in layout.blocks:
             arrived = link.copy(self._buffer[block.start : block.end], host[block.start : block.end])
             if arrived is not None:
                 self._hooks.append(block.module.register_forward_pre_hook(self._wait_for(arrived), prepend=True))
-        point(layout.places, self._buffer)
+        point(layout.slots, self._buffer)
 
     @property
     def size_bytes(self) -> int:
         return self._buffer.nbytes
 
     def leave(self) -> None:
-        self._link.settle()
+        self._link.synchronize()
         for hook in self._hooks:
             hook.remove()
 

@@ -75,7 +75,7 @@ class PeakMeter:
         self._found: dict[str, Peak] = {}
         self._phase: str | None = None
         self._base_bytes = 0
-        self.blind = False
+        self.paused = False
 
     def begin(self) -> None:
         """A run starts: what the process has now, less the weights, is nobody's working memory."""
@@ -85,13 +85,13 @@ class PeakMeter:
             self._base_bytes = max(0, self._gauge.peaks()[0] - self._weights_bytes())
 
     def enter(self, phase: str) -> None:
-        self.lap()
+        self.record()
         self._phase = phase
         self.restart()
 
-    def lap(self) -> None:
+    def record(self) -> None:
         """Write down the peak since the last restart."""
-        if self._gauge is None or self._phase is None or self.blind:
+        if self._gauge is None or self._phase is None or self.paused:
             return
         weights_bytes = self._weights_bytes()
         beside = [max(0, peak - self._base_bytes - weights_bytes) for peak in self._gauge.peaks()]
@@ -105,6 +105,6 @@ class PeakMeter:
 
     def end(self) -> tuple[Peak, ...]:
         """The peaks of the run, in the order of its phases."""
-        self.lap()
+        self.record()
         self._phase = None
         return tuple(self._found.values())

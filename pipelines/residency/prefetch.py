@@ -36,8 +36,8 @@ def prefetch_component(books: Books, component: Component, make: Make, coming: P
         packed = books.host.find(key)
         if packed is None and books.copies_to_device:
             books.host.make_room(component.weights_bytes, {*books.on_device, *books.run_keys})
-            books.host.promised[key] = component.weights_bytes
-        books.coming[key] = coming
+            books.host.reserved[key] = component.weights_bytes
+        books.pending[key] = coming
     try:
         with torch.no_grad():
             _ComponentPrefetch(books, component, coming).run(packed, make)
@@ -47,11 +47,11 @@ def prefetch_component(books: Books, component: Component, make: Make, coming: P
     finally:
         with books.lock:
             if coming.device_bytes and key not in books.on_device:
-                books.moved(lambda: coming.take(0))
+                books._move_unmeasured(lambda: coming.reserve(0))
                 if torch.cuda.is_initialized():
                     torch.cuda.empty_cache()
-            books.host.promised.pop(key, None)
-            del books.coming[key]
+            books.host.reserved.pop(key, None)
+            del books.pending[key]
             books.lock.notify_all()
 
 
@@ -78,28 +78,28 @@ class _ComponentPrefetch:
         if isinstance(made, PackedModule) and books.copies_to_device:
             made.page_lock(books.device)
         with books.lock:
-            if self._coming.off:
+            if self._coming.cancelled:
                 if isinstance(made, PackedModule):
-                    made.leave_host()
+                    made.free_host()
                 raise PrefetchCancelled
-            books.note(self._component)
+            books._record(self._component)
             if isinstance(made, PackedModule) and books.copies_to_device:
-                books.moved(lambda: books.host.keep(self._component.key, made))
+                books._move_unmeasured(lambda: books.host.keep(self._component.key, made))
             else:
-                books.moved(lambda: self._arrived(made), made)
+                books._move_unmeasured(lambda: self._arrived(made), made)
         return made
 
     def _loaded(self, make: Callable[[], Any]) -> Any:
         with self._books.lock:
             self._check()
-            self._coming.loads = True
+            self._coming.loading = True
         try:
             return make()
         except Exception:
             self._check()  # it was stopped
             raise
         finally:
-            self._coming.loads = False
+            self._coming.loading = False
 
     def _copy(self, packed: PackedModule) -> None:
         """From the host's memory to the device, block by block."""
@@ -107,14 +107,14 @@ class _ComponentPrefetch:
         with books.lock:
             self._check()
             buffer = torch.empty_like(packed.host, device=books.device)
-            books.moved(lambda: coming.take(buffer.nbytes))
-        lodging = ResidentCopy(packed, BackgroundTransfer(books.device, self._check), buffer)
+            books._move_unmeasured(lambda: coming.reserve(buffer.nbytes))
+        device_copy = ResidentCopy(packed, BackgroundTransfer(books.device, self._check), buffer)
         with books.lock:
-            packed.lodge(lodging)
-            if coming.off:
-                packed.leave_device()
+            packed.attach(device_copy)
+            if coming.cancelled:
+                packed.free_device()
                 raise PrefetchCancelled
-            coming.take(0)
+            coming.reserve(0)
             self._arrived(packed)
 
     def _arrived(self, made: PackedModule | DeviceObject) -> None:
@@ -123,7 +123,7 @@ class _ComponentPrefetch:
 
     def _check(self) -> None:
         with self._books.lock:
-            if self._coming.off:
+            if self._coming.cancelled:
                 raise PrefetchCancelled
 
 
@@ -144,8 +144,8 @@ def load_in_background(books: Books) -> Iterator[None]:
 def measure(books: Books, on: bool) -> None:
     if books.device.type == "cpu":
         with books.lock:
-            books.meter.lap()
-            books.meter.blind = not on
+            books.meter.record()
+            books.meter.paused = not on
             books.meter.restart(give_back=False)
 
 
@@ -161,21 +161,21 @@ class PrefetchRequest:
 
 @dataclass
 class Prefetcher:
-    """`tell` is called on this thread: with the job's id and nothing after each component; at an errand's end with the
+    """`on_event` is called on this thread: with the job's id and nothing after each component; at an request's end with the
     job's id and what went wrong, or an empty text. Nothing that goes wrong here is of any concern to the running job.
     """
 
     residency: Residency
-    tell: Callable[[str, str | None], None]
-    apart: LoaderProcess = field(default_factory=LoaderProcess)
-    _errands: "SimpleQueue[PrefetchRequest | None]" = field(default_factory=SimpleQueue)
+    on_event: Callable[[str, str | None], None]
+    loader_process: LoaderProcess = field(default_factory=LoaderProcess)
+    _requests: "SimpleQueue[PrefetchRequest | None]" = field(default_factory=SimpleQueue)
     _latest: PrefetchRequest | None = None
     _thread: threading.Thread | None = None
 
-    def bring(self, errand: PrefetchRequest) -> None:
-        """Instead of what an errand before this one has not begun to bring."""
-        self._latest = errand
-        self._errands.put(errand)
+    def submit(self, request: PrefetchRequest) -> None:
+        """Instead of what an request before this one has not begun to bring."""
+        self._latest = request
+        self._requests.put(request)
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="prefetch", daemon=True)
             self._thread.start()
@@ -184,46 +184,48 @@ class Prefetcher:
         """End the thread, and what it brings."""
         self._latest = None
         if self._thread:
-            self._errands.put(None)
-            self.residency.call_off_all()
+            self._requests.put(None)
+            self.residency.cancel_prefetches()
             self._thread.join()
-        self.apart.kill()
+        self.loader_process.kill()
 
     def _serve(self) -> None:
-        while errand := self._errands.get():
-            self.tell(errand.job_id, self._run(errand))
+        while request := self._requests.get():
+            self.on_event(request.job_id, self._run(request))
 
-    def _run(self, errand: PrefetchRequest) -> str:
+    def _run(self, request: PrefetchRequest) -> str:
         """What went wrong, for the operator; an empty text where all came."""
         try:
-            loader = family_module(errand.weights.family).loader(errand.weights, self.residency.device)
-            for key in (*errand.to_device, *errand.to_host):
-                if errand is not self._latest:
+            loader = family_module(request.weights.family).loader(request.weights, self.residency.device)
+            for key in (*request.to_device, *request.to_host):
+                if request is not self._latest:
                     return "another job comes first now"
-                to_device = key in errand.to_device
-                component = next(each for each in errand.weights.components if each.key == key)
-                if component.storage and loader.apart:
+                to_device = key in request.to_device
+                component = next(each for each in request.weights.components if each.key == key)
+                if component.storage and loader.needs_subprocess:
                     continue  # its layers are not torch's own, and cannot be handed over by another process
-                if to_device or loader.packs:
-                    self._fetch(errand.weights, component, loader, to_device)
-                    self.tell(errand.job_id, None)
+                if to_device or loader.returns_module:
+                    self._fetch(request.weights, component, loader, to_device)
+                    self.on_event(request.job_id, None)
         except PrefetchCancelled:
             return "its place was needed"
         except (UnusableWeights, LoaderProcessError, HostMemoryExhausted, torch.OutOfMemoryError) as error:
-            log.warning("for job %s: %s", errand.job_id, error)
+            log.warning("for job %s: %s", request.job_id, error)
             return str(error)
         except Exception as error:
-            log.exception("for job %s", errand.job_id)
+            log.exception("for job %s", request.job_id)
             return repr(error)
         return ""
 
     def _fetch(self, weights: Weights, component: Component, loader: Loader, to_device: bool) -> None:
-        coming = PendingComponent(component.weights_bytes, to_device, self.apart.kill if loader.apart else lambda: None)
+        coming = PendingComponent(
+            component.weights_bytes, to_device, self.loader_process.kill if loader.needs_subprocess else lambda: None
+        )
         prefetch_component(self.residency, component, lambda part: self._made(weights, part, loader), coming)
 
     def _made(self, weights: Weights, component: Component, loader: Loader) -> PackedModule | DeviceObject:
-        if loader.apart:
-            return self.apart.load(weights, component, self.residency.device)
+        if loader.needs_subprocess:
+            return self.loader_process.load(weights, component, self.residency.device)
         with load_in_background(self.residency):
             loaded = loader.load(component)
-        return PackedModule.of(loaded) if loader.packs else DeviceObject(loaded, component.weights_bytes)
+        return PackedModule.of(loaded) if loader.returns_module else DeviceObject(loaded, component.weights_bytes)

@@ -30,15 +30,15 @@ class PendingComponent:
     def __init__(self, weights_bytes: int, to_device: bool, stop: Callable[[], None] = lambda: None) -> None:
         self.weights_bytes, self.to_device = weights_bytes, to_device
         self.device_bytes = 0
-        self.loads = self.off = False
+        self.loading = self.cancelled = False
         self._stop = stop
 
-    def call_off(self) -> None:
-        self.off = True
-        if self.loads:
+    def cancel(self) -> None:
+        self.cancelled = True
+        if self.loading:
             self._stop()
 
-    def take(self, device_bytes: int) -> None:
+    def reserve(self, device_bytes: int) -> None:
         self.device_bytes = device_bytes
 
 
@@ -49,7 +49,7 @@ class DeviceObject:
         self.loaded = loaded
         self.device_bytes = weights_bytes
 
-    def leave_device(self) -> None:
+    def free_device(self) -> None:
         self.loaded = None
 
 
@@ -71,7 +71,7 @@ class Books:
         self.loading = threading.Lock()
         self.on_device: dict[str, PackedModule | DeviceObject] = {}
         self.host = HostCache(host_budget_bytes)
-        self.coming: dict[str, PendingComponent] = {}
+        self.pending: dict[str, PendingComponent] = {}
         self.run_keys: frozenset[str] = frozenset()
         self._clock = clock
         self._names: dict[str, str] = {}
@@ -83,17 +83,17 @@ class Books:
         """Keys and bytes on the device, least recently used first; last those that are on their way there."""
         with self.lock:
             there = [(key, resident.device_bytes) for key, resident in self.on_device.items()]
-            return (*there, *((key, each.weights_bytes) for key, each in self.coming.items() if each.to_device))
+            return (*there, *((key, each.weights_bytes) for key, each in self.pending.items() if each.to_device))
 
     @property
     def weights_bytes(self) -> int:
         """What weights take of the memory that is measured: the device's; of a CPU, the host's copies too."""
         with self.lock:
             device_bytes = sum(resident.device_bytes for resident in self.on_device.values())
-            device_bytes += sum(coming.device_bytes for coming in self.coming.values())
+            device_bytes += sum(coming.device_bytes for coming in self.pending.values())
             return device_bytes + (self.host.total_bytes if self.device.type == "cpu" else 0)
 
-    def held(self) -> tuple[ComponentStatus, ...]:
+    def component_statuses(self) -> tuple[ComponentStatus, ...]:
         """All that is on the device or has a copy in host memory."""
         with self.lock:
             sizes = {key: resident.device_bytes for key, resident in self.on_device.items()}
@@ -113,36 +113,36 @@ class Books:
 
     # What comes and goes
 
-    def note(self, component: Component) -> None:
+    def _record(self, component: Component) -> None:
         """From now on it is here: on the device, or in the host's memory."""
         self._since[component.key], self._names[component.key] = self._clock(), component.name
 
-    def moved(self, move: Callable[[], object], made: PackedModule | DeviceObject | None = None) -> None:
+    def _move_unmeasured(self, move: Callable[[], object], made: PackedModule | DeviceObject | None = None) -> None:
         """Weights of no run come or go while a run may be measured: its peaks are its own before, and after."""
-        self.meter.lap()
+        self.meter.record()
         if isinstance(made, PackedModule):
-            made.touch()
+            made.fault_in_pages()
         move()
         self.meter.restart(give_back=False)
 
     def evict(self, key: str) -> None:
         """Give the component's bytes on the device back; nothing happens where it is not resident."""
         with self.lock:
-            if coming := self.coming.get(key):
-                coming.call_off()
-                self.lock.wait_for(lambda: key not in self.coming)
+            if coming := self.pending.get(key):
+                coming.cancel()
+                self.lock.wait_for(lambda: key not in self.pending)
             if key in self.on_device:
-                self.moved(lambda: self.on_device.pop(key).leave_device())
+                self._move_unmeasured(lambda: self.on_device.pop(key).free_device())
 
-    def call_off_all(self) -> None:
+    def cancel_prefetches(self) -> None:
         """What another thread brings is not wanted any more."""
         with self.lock:
-            for coming in self.coming.values():
-                coming.call_off()
+            for coming in self.pending.values():
+                coming.cancel()
 
     def evict_all(self) -> None:
         with self.lock:
-            for key in (*self.on_device, *self.coming):
+            for key in (*self.on_device, *self.pending):
                 self.evict(key)
 
     def clear(self) -> None:
@@ -173,74 +173,74 @@ class Residency(Books):
         device = torch.device(device)
         copies_to_device = device.type != "cpu" if copies_to_device is None else copies_to_device
         super().__init__(device, copies_to_device, host_budget_bytes, clock)
-        self.way = ExecutionMode()
+        self.mode = ExecutionMode()
         self.phase: str | None = None
         self.embeddings = EmbeddingCache()
         self._link = DeviceTransfer(self.device)
 
-    def begin(self, way: ExecutionMode, keys: Iterable[str] = ()) -> None:
+    def begin_run(self, way: ExecutionMode, keys: Iterable[str] = ()) -> None:
         """A run starts, in this way; it may hold components with these keys."""
         with self.lock:
-            self.way, self.phase, self.run_keys = way, None, frozenset(keys)
+            self.mode, self.phase, self.run_keys = way, None, frozenset(keys)
             self.meter.begin()
 
-    def enter(self, phase: str) -> None:
+    def enter_phase(self, phase: str) -> None:
         """The run goes into a phase. Components of the run that the phase does not need go, but in tier `resident`."""
         if phase == self.phase:
             return
         with self.lock:
             self.phase = phase
             self.meter.enter(phase)
-            phases = dict(self.way.phases)
-            if self.way.tier != "resident" and phase in phases:
+            phases = dict(self.mode.phases)
+            if self.mode.tier != "resident" and phase in phases:
                 for key in {key for keys in phases.values() for key in keys} - set(phases[phase]):
                     self.evict(key)
             self.meter.restart()
 
-    def end(self) -> tuple[Peak, ...]:
+    def end_run(self) -> tuple[Peak, ...]:
         """The run has ended: its peaks."""
         with self.lock:
             return self.meter.end()
 
-    def rest(self) -> None:
+    def release_cache(self) -> None:
         """The run is over: what the allocator keeps for the next one goes back, so that the driver tells of others."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def hold(self, component: Component, load: Callable[[Component], Any]) -> Any:
+    def acquire(self, component: Component, load: Callable[[Component], Any]) -> Any:
         """What `load` made of the component, with its weights on the device; `load` runs only if no copy is here.
 
         `load` returns a module on the host, or any other object (an ONNX session) already on the device.
         Whatever it raises comes out, and so does running out of memory: then the component is not resident.
         """
         with self.lock:
-            self._meet(component.key)
-            self.lock.wait_for(lambda: component.key not in self.coming)
-            self.meter.lap()  # before any weights move: they are not counted, and the peak is that of before
-            kept_bytes = dict(self.way.kept).get(component.key) if self.copies_to_device else None
+            self._enter_phase_for(component.key)
+            self.lock.wait_for(lambda: component.key not in self.pending)
+            self.meter.record()  # before any weights move: they are not counted, and the peak is that of before
+            kept_bytes = dict(self.mode.streamed_bytes).get(component.key) if self.copies_to_device else None
             resident = self.on_device.pop(component.key, None)
             if isinstance(resident, PackedModule) and resident.kept_bytes != kept_bytes:
-                resident.leave_device()
+                resident.free_device()
                 resident = None
             if resident is None:
-                self.note(component)
+                self._record(component)
                 # A tensor made in inference mode could never again be pointed elsewhere.
                 with torch.inference_mode(False), torch.no_grad():
-                    resident = self._bring(component, load, kept_bytes)
+                    resident = self._load(component, load, kept_bytes)
             self.on_device[component.key] = resident
             self.meter.restart()
             return resident.loaded
 
-    def _meet(self, key: str) -> None:
+    def _enter_phase_for(self, key: str) -> None:
         """A component of a later phase is wanted: that phase begins."""
-        if self.phase is not None and key in dict(self.way.phases).get(self.phase, (key,)):
+        if self.phase is not None and key in dict(self.mode.phases).get(self.phase, (key,)):
             return
-        names = [name for name, _ in self.way.phases]
-        later = self.way.phases[names.index(self.phase) + 1 if self.phase in names else 0 :]
+        names = [name for name, _ in self.mode.phases]
+        later = self.mode.phases[names.index(self.phase) + 1 if self.phase in names else 0 :]
         if following := next((name for name, keys in later if key in keys), None):
-            self.enter(following)
+            self.enter_phase(following)
 
-    def _bring(
+    def _load(
         self, component: Component, load: Callable[[Component], Any], kept_bytes: int | None
     ) -> PackedModule | DeviceObject:
         packed = self.host.find(component.key)
@@ -256,19 +256,19 @@ class Residency(Books):
                 return packed
             packed.page_lock(self.device)
             self.host.keep(component.key, packed)
-        lodging = (
+        device_copy = (
             ResidentCopy(packed, self._link) if kept_bytes is None else StreamedCopy(packed, self._link, kept_bytes)
         )
-        packed.lodge(lodging, kept_bytes)
+        packed.attach(device_copy, kept_bytes)
         return packed
 
     def _make_room(self, needed_bytes: int) -> None:
         """In the host's memory, for a run: what is brought for a later one gives way."""
         try:
-            self.host.make_room(needed_bytes, {*self.on_device, *self.coming})
+            self.host.make_room(needed_bytes, {*self.on_device, *self.pending})
         except HostMemoryExhausted:
-            if not self.coming:
+            if not self.pending:
                 raise
-            for key in tuple(self.coming):
+            for key in tuple(self.pending):
                 self.evict(key)
             self.host.make_room(needed_bytes, self.on_device.keys())

@@ -32,19 +32,22 @@ class StreamedCopy:
         passes = choose_streamed_blocks([block.size_bytes for block in layout.blocks], kept_bytes)
         kept = [block for block, moves in zip(layout.blocks, passes, strict=True) if not moves]
         self._blocks = [block for block, moves in zip(layout.blocks, passes, strict=True) if moves]
-        spans = [(0, layout.outside_bytes, layout.outside), *((block.start, block.end, block.places) for block in kept)]
+        spans = [
+            (0, layout.unblocked_bytes, layout.unblocked),
+            *((block.start, block.end, block.slots) for block in kept),
+        ]
         buffers = [torch.empty(end - start, dtype=torch.uint8, device=link.device) for start, end, _ in spans]
         largest = max((block.size_bytes for block in self._blocks), default=0)
         self._slots = [Slot(largest, link.device) for _ in range(min(SLOTS, len(self._blocks)))]
         self.size_bytes = sum(buffer.nbytes for buffer in buffers) + sum(slot.buffer.nbytes for slot in self._slots)
-        link.after_work()
-        for buffer, (start, end, places) in zip(buffers, spans, strict=True):
+        link.wait_for_compute()
+        for buffer, (start, end, slots) in zip(buffers, spans, strict=True):
             link.wait(link.copy(buffer, self._host[start:end]))
-            point(places, buffer, start)
+            point(slots, buffer, start)
         self._hooks = [hook for number, block in enumerate(self._blocks) for hook in self._watch(number, block)]
 
     def leave(self) -> None:
-        self._link.settle()
+        self._link.synchronize()
         for hook in self._hooks:
             hook.remove()
 
@@ -59,14 +62,14 @@ class StreamedCopy:
         slot = self._slot_of(number) or self._bring(number, self._slots[0])
         self._link.wait(slot.arrived)
         block = self._blocks[number]
-        point(block.places, slot.buffer, block.start)
+        point(block.slots, slot.buffer, block.start)
         following = (number + 1) % len(self._blocks)
         if self._slot_of(following) is None:
             self._bring(following, next(other for other in self._slots if other is not slot))
 
     def _leave(self, number: int) -> None:
         """After it has run: its slot is another's soon, so nothing may point there."""
-        point(self._blocks[number].places, self._host)
+        point(self._blocks[number].slots, self._host)
 
     def _slot_of(self, number: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.holds == number), None)
@@ -74,7 +77,7 @@ class StreamedCopy:
     def _bring(self, number: int, slot: Slot) -> Slot:
         """Start the copy; it waits for whatever is still computed with the slot's old block."""
         block = self._blocks[number]
-        self._link.after_work()
+        self._link.wait_for_compute()
         slot.arrived = self._link.copy(slot.buffer[: block.size_bytes], self._host[block.start : block.end])
         slot.holds = number
         return slot

@@ -29,12 +29,12 @@ class DeviceTransfer:
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
 
-    def after_work(self) -> None:
+    def wait_for_compute(self) -> None:
         """Copies from here on wait for what is computed up to here: it may still read the memory they write to."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Whatever is computed from here on waits for all copies; memory that they write to may then be freed."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)

@@ -128,7 +128,7 @@ def stand_in(folder: Path, entry: Entry, model: Model, base: Weights) -> list[Co
         path=folder / name,
         block_bytes=sizes.block_bytes,
         storage=GGUF,
-        stamps=(stamp,) if stamp else (),
+        fingerprints=(stamp,) if stamp else (),
         config=plain.path,
     )
     return [denoiser if each is plain else each for each in base.components]
@@ -150,7 +150,7 @@ def component(folder: Path, entry: Entry, part: str, names: list[str], model: Mo
         dtype=dtype,
         block_bytes=sizes.block_bytes,
         storage=storage,
-        stamps=tuple(stamp for file in files if (stamp := FileFingerprint.of(file))),
+        fingerprints=tuple(stamp for file in files if (stamp := FileFingerprint.of(file))),
     )
 
 

@@ -86,9 +86,9 @@ def run(
     need = replace(need_of(subject.weights, working, shape_of(params)), ways=(ExecutionMode(tier),))
     way = mode_for_worker(need, DeviceState("bench", need.bytes_in(ExecutionMode(tier))))
     residency.embeddings.__init__()  # every run encodes
-    residency.begin(way)
-    pipeline.generate(params, lambda phase, step, steps: residency.enter(phase))
-    return residency.meter.end()
+    residency.begin_run(way)
+    pipeline.generate(params, lambda phase, step, steps: residency.enter_phase(phase))
+    return residency.end_run()
 
 
 def measured(model: str, tier: Any, shape: Shape, device: torch.device, peak: Peak) -> PeakMeasurement:

@@ -78,13 +78,13 @@ def packed_switch(model: str, device: torch.device) -> Callable[[], None]:
     residency = Residency(device, copies_to_device=True)
     turns = [0]
     for key in "ab":
-        residency.hold(component(key), lambda _, key=key: random_module(model, ord(key)))
+        residency.acquire(component(key), lambda _, key=key: random_module(model, ord(key)))
         residency.evict(key)
 
     def turn() -> None:
         key, other = ("a", "b") if turns[0] % 2 else ("b", "a")
         residency.evict(other)
-        residency.hold(component(key), lambda _: None)
+        residency.acquire(component(key), lambda _: None)
         turns[0] += 1
 
     return turn

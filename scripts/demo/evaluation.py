@@ -53,8 +53,8 @@ class Demo:
         self.pipeline = family(weights.family).build(weights, residency)
 
     def run(self, params: Any) -> Any:
-        self.residency.begin(ExecutionMode())
-        return self.pipeline.generate(params, lambda phase, step, steps: self.residency.enter(phase))
+        self.residency.begin_run(ExecutionMode())
+        return self.pipeline.generate(params, lambda phase, step, steps: self.residency.enter_phase(phase))
 
     def image(self, prompt: str, seed: int, size: tuple[int, int] = (256, 256), **more: Any) -> np.ndarray:
         values = {"num_inference_steps": self.model.defaults["num_inference_steps"]} | more

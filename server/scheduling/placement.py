@@ -33,7 +33,7 @@ def mode_for_worker(need: Need, device: DeviceState) -> ExecutionMode:
     """The chosen way with all that the worker must know of it. The device must be able to run the job."""
     way = choose_mode(need, device) or ExecutionMode()
     phases = tuple((phase.name, phase.keys) for phase in need.phases)
-    return replace(way, phases=phases, kept=need.kept(device.budget_bytes, way))
+    return replace(way, phases=phases, streamed_bytes=need.kept(device.budget_bytes, way))
 
 
 def load_seconds(need: Need, device: DeviceState, way: ExecutionMode) -> float:

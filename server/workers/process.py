@@ -68,7 +68,7 @@ class WorkerProcess:
             match self.connection.recv():
                 case Run() as command:
                     self.run(command)
-                    self.residency.rest()
+                    self.residency.release_cache()
                     self.tell_resident()
                 case Evict() | Prefetch() as command:
                     self.rearrange(command)
@@ -117,12 +117,12 @@ class WorkerProcess:
             self.residency.evict(command.key)
             self.tell_resident()
         else:
-            errand = PrefetchRequest(command.job_id, command.weights, command.to_device, command.to_host)
-            self.prefetcher.bring(errand)
+            request = PrefetchRequest(command.job_id, command.weights, command.to_device, command.to_host)
+            self.prefetcher.submit(request)
 
     def tell_resident(self) -> None:
         with self._sending:  # what is told last is what was last so
-            self.connection.send(Resident(self.residency.resident(), self.residency.held()))
+            self.connection.send(Resident(self.residency.resident(), self.residency.component_statuses()))
 
     def tell_prefetched(self, job_id: str, failure: str | None) -> None:
         """Said by the prefetching thread: a component has come; or, with a text, the errand has ended."""
@@ -136,9 +136,9 @@ class WorkerProcess:
         params = PARAMS[command.workflow].model_validate(dict(command.params), context=context)
         on_step = self.on_step(command.job_id)
         pipeline = self.pipeline(command.weights)
-        self.residency.begin(command.way, [component.key for component in command.weights.components])
+        self.residency.begin_run(command.way, [component.key for component in command.weights.components])
         made = pipeline.generate(params, on_step)
-        peaks = self.residency.end() if not command.loras else ()  # theirs are not the model's
+        peaks = self.residency.end_run() if not command.loras else ()  # theirs are not the model's
         if isinstance(made, VideoOutput):
             saved = made.save(command.output, on_step)
             run_s = time.monotonic() - started
@@ -154,7 +154,7 @@ class WorkerProcess:
 
     def on_step(self, job_id: str) -> OnStep:
         def tell(phase: str, step: int, steps: int) -> None:
-            self.residency.enter(phase)
+            self.residency.enter_phase(phase)
             self.send(Progress(job_id, phase, step, steps))
             while self.connection.poll():
                 if self.was_cancelled(job_id, self.connection.recv()):

@@ -60,9 +60,11 @@ def make(weights: Weights, residency: Residency, way: str = "resident") -> Image
         ("denoise", (key["transformer"],)),
         ("decode", (key["vae"],)),
     )
-    residency.begin(ExecutionMode(way, phases=phases, kept=((key["transformer"], 0),) if way == "streamed" else ()))  # type: ignore[arg-type]
+    residency.begin_run(
+        ExecutionMode(way, phases=phases, streamed_bytes=((key["transformer"], 0),) if way == "streamed" else ())
+    )  # type: ignore[arg-type]
     params = TextToImage(prompt=PROMPT, width=256, height=256, seed=3, num_inference_steps=12)
-    return build(weights, residency).generate(params, lambda phase, step, steps: residency.enter(phase))
+    return build(weights, residency).generate(params, lambda phase, step, steps: residency.enter_phase(phase))
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -28,20 +28,20 @@ class Hungry:
         word, _, argument = params.prompt.partition(" ")
         if word == "die" and not Path(argument).exists():
             Path(argument).touch()
-            self.residency.hold(self.transformer, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+            self.residency.acquire(self.transformer, lambda _: os.kill(os.getpid(), signal.SIGKILL))
         if word == "nan":
             return self.spoiled(params, on_step)
 
         def step(phase: str, number: int, steps: int) -> None:
             on_step(phase, number, steps)
-            if phase == "denoise" and (word == "never" or (word == "only" and self.residency.way.name != argument)):
+            if phase == "denoise" and (word == "never" or (word == "only" and self.residency.mode.name != argument)):
                 raise torch.OutOfMemoryError("at will")
 
         return self.flux.generate(params, step)
 
     def spoiled(self, params: TextToImage, on_step: OnStep) -> Any:
         """With a VAE that makes NaN, and is whole again afterwards."""
-        vae = self.flux._hold("vae")
+        vae = self.flux._acquire("vae")
         bias = vae.decoder.conv_out.bias
         kept = bias.data.clone()
         bias.data.fill_(float("nan"))

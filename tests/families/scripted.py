@@ -18,7 +18,7 @@ def build(weights: Weights, residency: Any) -> "Wayward":
 
 
 def loader(weights: Weights, device: Any) -> Loader:
-    return Loader(lambda _: object(), packs=False)
+    return Loader(lambda _: object(), returns_module=False)
 
 
 class Wayward:
@@ -27,7 +27,7 @@ class Wayward:
 
     def generate(self, params: TextToImage, on_step: OnStep) -> Image.Image:
         for component in self.weights.components:
-            self.residency.hold(component, lambda _: object())
+            self.residency.acquire(component, lambda _: object())
         word, _, argument = params.prompt.partition(" ")
         on_step("denoise", 0, 2)
         self.step = lambda: on_step("denoise", 1, 2)

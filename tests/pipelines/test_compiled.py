@@ -50,8 +50,10 @@ def run(family: Any, weights: Weights, params: Any, residency: Residency, tier: 
     encoders = tuple(key[name] for name in ("text_encoder", "text_encoder_2") if name in key)
     denoisers = (key["transformer"],) + ((key["vae"],) if family is ltx else ())
     phases = (("encode", encoders), ("denoise", denoisers), ("decode", (key["vae"],)))
-    residency.begin(ExecutionMode(tier, phases=phases, kept=((key["transformer"], 0),) if tier == "streamed" else ()))  # type: ignore[arg-type]
-    made = family.build(weights, residency).generate(params, lambda phase, step, steps: residency.enter(phase))
+    residency.begin_run(
+        ExecutionMode(tier, phases=phases, streamed_bytes=((key["transformer"], 0),) if tier == "streamed" else ())
+    )  # type: ignore[arg-type]
+    made = family.build(weights, residency).generate(params, lambda phase, step, steps: residency.enter_phase(phase))
     return np.asarray(made.frames if isinstance(params, TextToVideo) else made)
 
 

@@ -122,7 +122,7 @@ def test_guidance_is_for_models_with_guidance_embeddings(build):
 
 @pytest.mark.parametrize(("model", "tokens"), [("flux-dev", 512), ("flux-kontext", 512), ("flux-schnell", 256)])
 def test_schnell_takes_256_tokens_the_others_512(build, root: Path, residency: Residency, model: str, tokens: int):
-    encoder = residency.hold(tiny_flux.weights_of(root / model).component("text_encoder_2"), load_component)
+    encoder = residency.acquire(tiny_flux.weights_of(root / model).component("text_encoder_2"), load_component)
     seen = []
     encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     build(model).generate(text("red circle on a blue background " * 200), ignore)
@@ -300,7 +300,7 @@ def test_a_picture_of_nan_is_an_error_and_fresh_weights_mend_it(build, root: Pat
     residency = Residency("cpu")
     dev = flux.build(tiny_flux.weights_of(root / "flux-dev"), residency)
     transformer = tiny_flux.weights_of(root / "flux-dev").component("transformer")
-    residency.hold(transformer, load_component).proj_out.bias.fill_(float("nan"))
+    residency.acquire(transformer, load_component).proj_out.bias.fill_(float("nan"))
     with pytest.raises(InvalidOutput, match="flux-dev"):
         dev.generate(text(), ignore)
     residency.evict(transformer.key)
@@ -323,7 +323,7 @@ def test_three_models_share_encoders_and_vae(build, root: Path, residency: Resid
         build(model).generate(text(), ignore)
     assert sorted(loaded) == sorted([*SHARED, "transformer", "transformer", "transformer"])
     for name in SHARED:
-        held = [residency.hold(tiny_flux.weights_of(root / model).component(name), fail) for model in MODELS]
+        held = [residency.acquire(tiny_flux.weights_of(root / model).component(name), fail) for model in MODELS]
         assert len({id(module) for module in held}) == 1
         assert len({next(module.parameters()).data_ptr() for module in held}) == 1
 
@@ -337,7 +337,7 @@ def test_the_bytes_told_are_the_bytes_there(build, root: Path, residency: Reside
     build("flux-dev").generate(text(), ignore)
     told = dict(residency.resident())
     for component in tiny_flux.weights_of(root / "flux-dev").components:
-        module = residency.hold(component, fail)
+        module = residency.acquire(component, fail)
         tensors = {tensor.data_ptr(): tensor for tensor in [*module.parameters(), *module.buffers()]}
         exact = sum(tensor.nbytes for tensor in tensors.values())
         assert next(iter(tensors.values())).untyped_storage().nbytes() == told[component.key]

@@ -87,9 +87,11 @@ def picture(folder: Path, storage: str | None, way: str = "resident", copies: bo
         ("decode", (parts[3].key,)),
     )
     chosen: Any = way
-    residency.begin(ExecutionMode(chosen, phases=phases, kept=((parts[0].key, 0),) if way == "streamed" else ()))
+    residency.begin_run(
+        ExecutionMode(chosen, phases=phases, streamed_bytes=((parts[0].key, 0),) if way == "streamed" else ())
+    )
     params = TextToImage(prompt="a cat", width=64, height=64, seed=1, num_inference_steps=3, guidance_scale=3.5)
-    return build(weights, residency).generate(params, lambda phase, step, steps: residency.enter(phase)).tobytes()
+    return build(weights, residency).generate(params, lambda phase, step, steps: residency.enter_phase(phase)).tobytes()
 
 
 @pytest.mark.parametrize("way", ["resident", "staged", "streamed"])
@@ -125,13 +127,13 @@ def test_kept_8_bit_weights_compute_what_diffusers_own_casting_does(folders: dic
 def test_a_layer_that_raised_while_it_was_wide_is_narrow_again_wherever_its_weights_went(folders: dict[str, Path]):
     residency = Residency("cpu", copies_to_device=True)
     component = described(folders["flux"] / "transformer", storage=FP8)
-    module = residency.hold(component, load_component)
+    module = residency.acquire(component, load_component)
     layer = module.transformer_blocks[0].attn.to_q
     before = layer.weight.clone().view(torch.uint8)
     with pytest.raises(RuntimeError):
         layer(torch.zeros(1, 3, dtype=torch.bfloat16))
     residency.evict(component.key)
-    residency.hold(component, load_component)
+    residency.acquire(component, load_component)
     for _ in range(2):
         layer(torch.zeros(1, 32, dtype=torch.bfloat16))
         assert torch.equal(layer.weight.view(torch.uint8), before)

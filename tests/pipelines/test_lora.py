@@ -57,7 +57,7 @@ def build(root: Path, residency: Residency) -> Callable[[str], Flux]:
 def lora(path: Path, scale: float = 1.0) -> AppliedLora:
     stamp = FileFingerprint.of(path)
     assert stamp
-    component = Component("network", path.name, stamp.size_bytes, path, "bfloat16", stamps=(stamp,))
+    component = Component("network", path.name, stamp.size_bytes, path, "bfloat16", fingerprints=(stamp,))
     return AppliedLora(id=path.stem, scale=scale, weights=component)
 
 
@@ -147,7 +147,7 @@ def trace(network: torch.nn.Module) -> list[Any]:
 
 
 def held(root: Path, residency: Residency, model: str = "flux-dev") -> torch.nn.Module:
-    return residency.hold(tiny_flux.weights_of(root / model).component("transformer"), load_component)
+    return residency.acquire(tiny_flux.weights_of(root / model).component("transformer"), load_component)
 
 
 def stop(phase: str, step: int, steps: int) -> None:
@@ -202,10 +202,10 @@ def test_every_tier_makes_the_same_picture(root: Path, tier: Any):
         ("decode", (keys["vae"],)),
     )
     residency = Residency("cpu", copies_to_device=True)
-    way = ExecutionMode(tier, phases=phases, kept=((keys["transformer"], 0),) if tier == "streamed" else ())
+    way = ExecutionMode(tier, phases=phases, streamed_bytes=((keys["transformer"], 0),) if tier == "streamed" else ())
     dev = flux.build(weights, residency)
     for _ in range(2):
-        residency.begin(way)
+        residency.begin_run(way)
         assert bits(dev.generate(worn, ignore)) == resident
 
 
@@ -274,7 +274,7 @@ def test_a_file_that_is_cut_short_or_was_replaced_is_refused(build, root: Path, 
     short.write_bytes((root / "one.safetensors").read_bytes())
     with pytest.raises(UnusableWeights, match="replaced"):
         build("flux-dev").generate(params(worn), ignore)
-    gone = worn.model_copy(update={"weights": replace(worn.weights, stamps=())}) if worn.weights else worn
+    gone = worn.model_copy(update={"weights": replace(worn.weights, fingerprints=())}) if worn.weights else worn
     short.unlink()
     with pytest.raises(UnusableWeights, match="LoRA short"):
         build("flux-dev").generate(params(gone), ignore)

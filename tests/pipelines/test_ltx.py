@@ -170,7 +170,7 @@ def test_a_long_clip_is_decoded_in_pieces(model: Ltx, residency: Residency, monk
     assert pieces.shape == whole.shape
     assert furthest(pieces[:40], whole[:40]) <= 2
     assert furthest(pieces, whole) > 2
-    vae = residency.hold(video_weights_of(model._weights.folder).component("vae"), load_component)
+    vae = residency.acquire(video_weights_of(model._weights.folder).component("vae"), load_component)
     assert not vae.use_framewise_decoding
 
 
@@ -187,7 +187,7 @@ def test_prompts_are_filled_up_to_256_tokens_or_to_fewer_that_the_tokenizer_take
     tokenizer.model_max_length = limit
     tokenizer.save_pretrained(copy / "tokenizer")
     weights = video_weights_of(copy)
-    seen = tokens_seen(residency.hold(weights.component("text_encoder"), load_component))
+    seen = tokens_seen(residency.acquire(weights.component("text_encoder"), load_component))
     ltx.build(weights, residency).generate(text(num_frames=1, guidance_scale=1.0), ignore)
     assert seen == [(1, tokens)]
 
@@ -202,7 +202,7 @@ def tokens_seen(encoder: torch.nn.Module) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(("added", "seen"), [(8, 17), (240, 17), (248, 9), (256, 1)])
 def test_extending_sees_as_many_of_the_last_frames_as_leave_the_trained_length(footage: Path, added: int, seen: int):
     start = ltx.from_video_end(extend(footage, num_frames=added))
-    assert (start.repeated, start.frames, start.after) == (seen, seen + added, footage)
+    assert (start.overlap_frames, start.frames, start.continues) == (seen, seen + added, footage)
     (condition,) = start.conditions
     assert (len(condition.video), condition.frame_index, condition.strength) == (seen, 0, 1.0)
     assert np.abs(np.asarray(condition.video[-1]).astype(int) - boxes(30, 64, 32)[29]).mean() < 4
@@ -210,7 +210,7 @@ def test_extending_sees_as_many_of_the_last_frames_as_leave_the_trained_length(f
 
 def test_a_short_video_is_extended_from_what_there_is(model: Ltx, tmp_path: Path):
     short = write(tmp_path / "in.mp4", boxes(12, 64, 32), 24)
-    assert ltx.from_video_end(extend(short)).repeated == 9
+    assert ltx.from_video_end(extend(short)).overlap_frames == 9
     assert frames_of(model, extend(short)).shape[0] == 8
 
 
@@ -278,7 +278,7 @@ def test_a_job_may_be_cancelled_at_every_step_and_the_next_is_not_touched(model:
 def test_a_clip_of_nan_is_an_error(folder: Path):
     residency = Residency("cpu")
     weights = video_weights_of(folder)
-    residency.hold(weights.component("transformer"), load_component).proj_out.bias.fill_(float("nan"))
+    residency.acquire(weights.component("transformer"), load_component).proj_out.bias.fill_(float("nan"))
     with pytest.raises(InvalidOutput):
         ltx.build(weights, residency).generate(text(), ignore)
 
@@ -310,15 +310,15 @@ def test_another_way_makes_the_same_clip(
         ("decode", (keys["vae"],)),
     )
     kept = ((keys["transformer"], 0),) if way.tier == "streamed" else ()
-    residency.begin(ExecutionMode(way.tier, way.tiled, phases, kept))
-    clip = model.generate(extend(footage), lambda phase, step, steps: residency.enter(phase))
+    residency.begin_run(ExecutionMode(way.tier, way.tiled, phases, kept))
+    clip = model.generate(extend(footage), lambda phase, step, steps: residency.enter_phase(phase))
     assert np.array_equal(clip.frames, expected)
     assert [key for key, _ in residency.resident()] == [keys["vae"]]
-    assert not residency.hold(video_weights_of(folder).component("vae"), load_component).use_tiling
+    assert not residency.acquire(video_weights_of(folder).component("vae"), load_component).use_tiling
 
 
 def test_a_prompt_is_encoded_once(model: Ltx, residency: Residency, folder: Path):
     first = frames_of(model, text())
     residency.evict(video_weights_of(folder).component("text_encoder").key)
     assert np.array_equal(frames_of(model, text()), first)
-    assert "text_encoder" not in {held.name for held in residency.held() if held.device_bytes}
+    assert "text_encoder" not in {held.name for held in residency.component_statuses() if held.device_bytes}

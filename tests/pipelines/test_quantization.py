@@ -122,8 +122,10 @@ def picture(weights: Weights, way: Any = "resident", copies: bool = True) -> np.
     flux = build(weights, residency)
     made = []
     for _ in range(1 + copies):
-        residency.begin(ExecutionMode(way, phases=phases, kept=((transformer, 0),) if way == "streamed" else ()))
-        made.append(np.asarray(flux.generate(params, lambda phase, step, steps: residency.enter(phase))))
+        residency.begin_run(
+            ExecutionMode(way, phases=phases, streamed_bytes=((transformer, 0),) if way == "streamed" else ())
+        )
+        made.append(np.asarray(flux.generate(params, lambda phase, step, steps: residency.enter_phase(phase))))
         residency.evict_all()
     assert (made[0] == made[-1]).all()
     return made[0]
@@ -311,7 +313,7 @@ def test_on_a_gpu_quantised_pictures_are_the_same_in_every_tier(shelf: tuple[Cat
         params = TextToImage(prompt="a cat", width=64, height=64, seed=1, num_inference_steps=3, guidance_scale=3.5)
         made = []
         for kept in ((), ((key, 0),)):
-            residency.begin(ExecutionMode("streamed" if kept else "resident", kept=kept))
+            residency.begin_run(ExecutionMode("streamed" if kept else "resident", streamed_bytes=kept))
             made.append(flux.generate(params, lambda phase, step, steps: None).tobytes())
             residency.evict_all()
         assert made[0] == made[1], name

@@ -186,7 +186,7 @@ def test_prompts_are_filled_up_to_512_tokens_or_to_fewer_that_the_tokenizer_take
     tokenizer.model_max_length = limit
     tokenizer.save_pretrained(folder / "tokenizer")
     weights = video_weights_of(folder)
-    seen = tokens_seen(residency.hold(weights.component("text_encoder"), load_component))
+    seen = tokens_seen(residency.acquire(weights.component("text_encoder"), load_component))
     wan.build(weights, residency).generate(text(num_frames=1, guidance_scale=1.0), ignore)
     assert seen == [(1, tokens)]
 
@@ -203,14 +203,14 @@ def test_extending_from_the_last_frame_alone(build, footage: Path):
     clip = build("i2v").generate(extend(footage), ignore)
     assert (clip.frames.shape[0], clip.after) == (8, footage)
     start = wan.from_video_end(extend(footage))
-    assert (start.frames, start.repeated) == (9, 1)
+    assert (start.frames, start.overlap_frames) == (9, 1)
     assert np.abs(np.asarray(start.inputs["image"]).astype(int) - boxes(20, 64, 48)[19]).mean() < 4
 
 
 @pytest.mark.parametrize(("added", "seen"), [(8, 17), (64, 17), (68, 13), (80, 1), (120, 1)])
 def test_vace_sees_as_many_of_the_last_frames_as_leave_the_trained_length(footage: Path, added: int, seen: int):
     start = wan.vace_from_end(extend(footage, num_frames=added))
-    assert (start.repeated, start.frames) == (seen, seen + added)
+    assert (start.overlap_frames, start.frames) == (seen, seen + added)
     assert len(start.inputs["video"]) == len(start.inputs["mask"]) == seen + added
     assert [mask.getpixel((0, 0)) for mask in start.inputs["mask"]] == [0] * seen + [255] * added
     last = np.asarray(start.inputs["video"][seen - 1]).astype(int)
@@ -316,7 +316,7 @@ def test_a_job_may_be_cancelled_at_every_step_and_the_next_is_not_touched(build,
 def test_a_clip_of_nan_is_an_error(root: Path):
     residency = Residency("cpu")
     weights = video_weights_of(root / "t2v")
-    residency.hold(weights.component("transformer"), load_component).proj_out.bias.fill_(float("nan"))
+    residency.acquire(weights.component("transformer"), load_component).proj_out.bias.fill_(float("nan"))
     with pytest.raises(InvalidOutput):
         wan.build(weights, residency).generate(text(), ignore)
 
@@ -341,7 +341,7 @@ def test_the_variants_share_text_encoder_and_vae(build, picture: Path, monkeypat
 def test_the_vae_is_in_float32_and_the_transformer_in_bfloat16(build, root: Path, residency: Residency):
     build("t2v").generate(text(), ignore)
     weights = video_weights_of(root / "t2v")
-    vae, transformer = (residency.hold(weights.component(name), load_component) for name in ("vae", "transformer"))
+    vae, transformer = (residency.acquire(weights.component(name), load_component) for name in ("vae", "transformer"))
     assert {tensor.dtype for tensor in vae.parameters()} == {torch.float32}
     assert transformer.patch_embedding.weight.dtype == torch.bfloat16
 
@@ -372,17 +372,17 @@ def test_another_way_makes_the_same_clip(build, root: Path, residency: Residency
         ("decode", (keys["vae"],)),
     )
     kept = ((keys["transformer"], 0),) if way.tier == "streamed" else ()
-    residency.begin(ExecutionMode(way.tier, way.tiled, phases, kept))
-    clip = build(kind).generate(text(), lambda phase, step, steps: residency.enter(phase))
+    residency.begin_run(ExecutionMode(way.tier, way.tiled, phases, kept))
+    clip = build(kind).generate(text(), lambda phase, step, steps: residency.enter_phase(phase))
     assert np.array_equal(clip.frames, expected)
     assert [key for key, _ in residency.resident()] == [keys["vae"]]
-    assert not residency.hold(video_weights_of(root / kind).component("vae"), load_component).use_tiling
+    assert not residency.acquire(video_weights_of(root / kind).component("vae"), load_component).use_tiling
 
 
 def test_large_frames_are_decoded_in_tiles(build, residency: Residency):
     large = {"width": 512, "height": 320, "num_frames": 1, "num_inference_steps": 1}
     whole = build("t2v").generate(text(**large), ignore).frames
-    residency.begin(ExecutionMode("resident", tiled=True))
+    residency.begin_run(ExecutionMode("resident", tiled=True))
     tiles = build("t2v").generate(text(**large), ignore).frames
     assert tiles.shape == whole.shape
     assert not np.array_equal(tiles, whole)
@@ -392,4 +392,4 @@ def test_a_prompt_is_encoded_once(build, residency: Residency, root: Path):
     first = build("t2v").generate(text(), ignore).frames
     residency.evict(video_weights_of(root / "t2v").component("text_encoder").key)
     assert np.array_equal(build("t2v").generate(text(), ignore).frames, first)
-    assert "text_encoder" not in {held.name for held in residency.held() if held.device_bytes}
+    assert "text_encoder" not in {held.name for held in residency.component_statuses() if held.device_bytes}

@@ -85,9 +85,9 @@ def test_decoding_in_tiles_is_for_where_nothing_else_fits():
 
 def test_a_streamed_run_keeps_as_many_blocks_as_fit():
     it = need(pixels=2)
-    assert mode_for_worker(it, device(62)).kept == (("flux-transformer", 62 - 3 - 30),)
-    assert mode_for_worker(it, device(37)).kept == (("flux-transformer", 37 - 3 - 30),)
-    assert mode_for_worker(it, device(200)).kept == ()
+    assert mode_for_worker(it, device(62)).streamed_bytes == (("flux-transformer", 62 - 3 - 30),)
+    assert mode_for_worker(it, device(37)).streamed_bytes == (("flux-transformer", 37 - 3 - 30),)
+    assert mode_for_worker(it, device(200)).streamed_bytes == ()
     assert [name for name, _ in mode_for_worker(it, device(200)).phases] == ["encode", "denoise", "decode"]
 
 

@@ -136,15 +136,15 @@ def test_a_process_that_was_killed_is_told_and_another_one_is_started(apart: Loa
 def test_what_was_fetched_is_there_and_is_not_loaded_again(residency: Residency):
     prefetch_component(residency, component(), packed, PendingComponent(0, to_device=True))
     assert residency.resident() == (("k", MIXED_BYTES),)
-    assert torch.equal(residency.hold(component(), fail)(X), Mixed()(X))
+    assert torch.equal(residency.acquire(component(), fail)(X), Mixed()(X))
 
 
 def test_what_was_fetched_into_host_memory_is_one_copy_away():
     residency = Residency("cpu", copies_to_device=True)
     prefetch_component(residency, component(), packed, PendingComponent(0, to_device=False))
     assert residency.resident() == ()
-    assert [(each.key, each.host_bytes) for each in residency.held()] == [("k", MIXED_BYTES)]
-    assert torch.equal(residency.hold(component(), fail)(X), Mixed()(X))
+    assert [(each.key, each.host_bytes) for each in residency.component_statuses()] == [("k", MIXED_BYTES)]
+    assert torch.equal(residency.acquire(component(), fail)(X), Mixed()(X))
 
 
 def test_whoever_wants_to_hold_what_is_on_its_way_waits_and_it_is_loaded_once(residency: Residency):
@@ -153,7 +153,7 @@ def test_whoever_wants_to_hold_what_is_on_its_way_waits_and_it_is_loaded_once(re
         lambda: prefetch_component(residency, component(), gate, PendingComponent(0, to_device=True))
     )
     assert gate.begun.wait(PATIENCE_S)
-    holder, refused = beside(lambda: residency.hold(component(), fail))
+    holder, refused = beside(lambda: residency.acquire(component(), fail))
     gate.open.set()
     thread.join(), holder.join()
     assert (raised, refused) == ([], [])
@@ -165,10 +165,10 @@ def test_a_fetch_that_fails_leaves_nothing_and_the_run_meets_the_error_itself(re
 
     with pytest.raises(UnusableWeights):
         prefetch_component(residency, component(), broken, PendingComponent(10, to_device=True))
-    assert residency.resident() == residency.held() == ()
+    assert residency.resident() == residency.component_statuses() == ()
     with pytest.raises(UnusableWeights):
-        residency.hold(component(), broken)
-    residency.hold(component(), Loads())
+        residency.acquire(component(), broken)
+    residency.acquire(component(), Loads())
 
 
 def test_an_evict_calls_off_what_is_on_its_way_and_comes_back_once_nothing_of_it_is_left(residency: Residency):
@@ -179,20 +179,20 @@ def test_an_evict_calls_off_what_is_on_its_way_and_comes_back_once_nothing_of_it
     assert gate.begun.wait(PATIENCE_S)
     assert residency.resident() == (("k", 10),), "its bytes are promised"
     residency.evict("k")
-    assert residency.resident() == residency.held() == ()
+    assert residency.resident() == residency.component_statuses() == ()
     thread.join()
     assert [type(error) for error in raised] == [PrefetchCancelled]
 
 
 def test_copies_that_are_being_made_count_and_never_take_the_place_of_what_the_run_may_hold():
     residency = Residency("cpu", copies_to_device=True, host_budget_bytes=2 * MIXED_BYTES)
-    residency.begin(residency.way, ["run"])
+    residency.begin_run(residency.mode, ["run"])
     for key in ("run", "old"):
         prefetch_component(
             residency, component(key, MIXED_BYTES), packed, PendingComponent(MIXED_BYTES, to_device=False)
         )
     prefetch_component(residency, component("new", MIXED_BYTES), packed, PendingComponent(MIXED_BYTES, to_device=False))
-    assert [each.key for each in residency.held()] == ["run", "new"], "what the run may hold stays"
+    assert [each.key for each in residency.component_statuses()] == ["run", "new"], "what the run may hold stays"
     with pytest.raises(HostMemoryExhausted):
         prefetch_component(
             residency, component("large", 2 * MIXED_BYTES), packed, PendingComponent(MIXED_BYTES, to_device=False)
@@ -208,7 +208,7 @@ def test_a_run_that_needs_the_room_gets_it():
         )
     )
     assert gate.begun.wait(PATIENCE_S)
-    residency.hold(component("run", MIXED_BYTES), Loads())
+    residency.acquire(component("run", MIXED_BYTES), Loads())
     thread.join()
     assert [type(error) for error in raised] == [PrefetchCancelled]
     assert residency.resident() == (("run", MIXED_BYTES),)
@@ -217,17 +217,17 @@ def test_a_run_that_needs_the_room_gets_it():
 def test_what_comes_or_goes_beside_a_run_is_not_taken_for_its_working_memory():
     size_bytes = 128 * 2**20
     residency = Residency("cpu")
-    residency.begin(residency.way)
-    residency.enter("denoise")
+    residency.begin_run(residency.mode)
+    residency.enter_phase("denoise")
     prefetch_component(
         residency,
         component(weights_bytes=size_bytes),
         lambda _: PackedModule.of(large(size_bytes)),
         PendingComponent(size_bytes, True),
     )
-    residency.enter("decode")
+    residency.enter_phase("decode")
     residency.evict("k")
-    peaks = {peak.phase: peak.working_bytes for peak in residency.end()}
+    peaks = {peak.phase: peak.working_bytes for peak in residency.end_run()}
     assert peaks["decode"] < size_bytes / 8
 
 
@@ -250,7 +250,7 @@ class Told:
     def bring(self, weights: Weights, *names: str, job_id: str = "next") -> str:
         keys = tuple(weights.component(name).key for name in names)
         self.ended.clear()
-        self.prefetcher.bring(PrefetchRequest(job_id, weights, keys))
+        self.prefetcher.submit(PrefetchRequest(job_id, weights, keys))
         assert self.ended.wait(PATIENCE_S)
         return self.failures[job_id]
 
@@ -262,7 +262,7 @@ def test_an_errand_brings_its_components_one_after_the_other(apart: LoaderProces
         weights.component(name).key for name in ("text_encoder", "transformer")
     }
     expected = load_component(weights.component("transformer")).state_dict()
-    held = residency.hold(weights.component("transformer"), fail).state_dict()
+    held = residency.acquire(weights.component("transformer"), fail).state_dict()
     assert all(torch.equal(held[name], expected[name]) for name in expected)
 
 
@@ -280,7 +280,7 @@ def test_an_errand_that_breaks_off_keeps_what_came_and_says_why(apart: LoaderPro
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_cuda_what_comes_beside_a_run_is_the_same_bits_and_the_allocators_bytes():
     residency, size_bytes = Residency("cuda"), 256 * 2**20
-    residency.hold(component("run"), Loads(lambda: large(2**20)))
+    residency.acquire(component("run"), Loads(lambda: large(2**20)))
     before = torch.cuda.memory_allocated()
     work = torch.randn(4096, 4096, device="cuda")
     make = lambda _: PackedModule.of(large(size_bytes))  # noqa: E731
@@ -291,7 +291,7 @@ def test_on_cuda_what_comes_beside_a_run_is_the_same_bits_and_the_allocators_byt
         work = (work @ work).clamp(-1, 1)
     thread.join()
     assert raised == []
-    module = residency.hold(component("next"), fail)
+    module = residency.acquire(component("next"), fail)
     assert all(bool((part == 1).all()) and part.is_cuda for part in module.parts)
     del work
     assert torch.cuda.memory_allocated() - before == size_bytes

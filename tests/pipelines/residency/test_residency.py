@@ -68,18 +68,18 @@ def residency(request: pytest.FixtureRequest) -> Residency:
 
 def test_a_key_is_loaded_once_and_the_same_object_is_held(residency: Residency):
     loads = Loads()
-    assert residency.hold(component(), loads) is residency.hold(component(), loads)
+    assert residency.acquire(component(), loads) is residency.acquire(component(), loads)
     assert loads.keys == ["k"]
 
 
 def test_the_least_recently_used_comes_first_with_the_bytes_of_its_buffer(residency: Residency):
     for key in ("a", "b", "a"):
-        residency.hold(component(key), Loads())
+        residency.acquire(component(key), Loads())
     assert residency.resident() == (("b", MIXED_BYTES), ("a", MIXED_BYTES))
 
 
 def test_every_tensor_is_an_aligned_view_into_one_buffer_and_keeps_its_bits(residency: Residency):
-    module = residency.hold(component(), Loads())
+    module = residency.acquire(component(), Loads())
     for packed, plain in zip(module.state_dict().values(), Mixed().state_dict().values(), strict=True):
         assert packed.dtype == plain.dtype
         assert torch.equal(packed, plain)
@@ -90,7 +90,7 @@ def test_every_tensor_is_an_aligned_view_into_one_buffer_and_keeps_its_bits(resi
 
 def test_tied_weights_stay_tied(residency: Residency):
     for _ in range(2):
-        module = residency.hold(component(), Loads())
+        module = residency.acquire(component(), Loads())
         assert module.tied.weight is module.first.weight
         assert module.alias.data_ptr() == module.first.weight.data_ptr()
         residency.evict("k")
@@ -101,36 +101,36 @@ def test_outputs_are_the_same_bits_after_100_random_swaps(residency: Residency):
     chance = random.Random(5)
     for _ in range(100):
         key = chance.choice("abc")
-        module = residency.hold(component(key), Loads(lambda key=key: Mixed(seeds[key])))
+        module = residency.acquire(component(key), Loads(lambda key=key: Mixed(seeds[key])))
         assert torch.equal(module(X), Mixed(seeds[key])(X))
         residency.evict(chance.choice("abc"))
 
 
 def test_evicting_keeps_the_module_and_its_host_copy():
     residency, loads = Residency("cpu", copies_to_device=True), Loads()
-    module = residency.hold(component(), loads)
+    module = residency.acquire(component(), loads)
     on_device = weakref.ref(module.scalar.untyped_storage())
     residency.evict("k")
     assert residency.resident() == ()
     assert on_device() is None
     assert torch.equal(module(X), Mixed()(X))  # on the host
-    assert residency.hold(component(), loads) is module
+    assert residency.acquire(component(), loads) is module
     assert loads.keys == ["k"]
 
 
 def test_where_the_host_is_the_device_evicting_drops_the_weights_and_holding_loads_again():
     residency, loads = Residency("cpu"), Loads()
-    module = residency.hold(component(), loads)
+    module = residency.acquire(component(), loads)
     residency.evict("k")
     assert sum(tensor.nbytes for tensor in module.parameters()) == 0
-    assert residency.hold(component(), loads) is not module
+    assert residency.acquire(component(), loads) is not module
     assert loads.keys == ["k", "k"]
 
 
 def test_the_memory_of_an_evicted_module_goes_back_to_the_system():
     residency, size_bytes = Residency("cpu"), 256 * 2**20
     before = psutil.Process().memory_info().rss
-    module = residency.hold(component(), Loads(lambda: large(size_bytes)))
+    module = residency.acquire(component(), Loads(lambda: large(size_bytes)))
     during = psutil.Process().memory_info().rss
     residency.evict("k")
     after = psutil.Process().memory_info().rss
@@ -142,7 +142,7 @@ def test_the_memory_of_an_evicted_module_goes_back_to_the_system():
 def test_packing_frees_each_tensor_that_it_has_copied():
     module = large(256 * 2**20)
     tensors = [weakref.ref(tensor.untyped_storage()) for tensor in module.parameters()]
-    Residency("cpu").hold(component(), Loads(lambda: module))
+    Residency("cpu").acquire(component(), Loads(lambda: module))
     assert not any(storage() for storage in tensors)
 
 
@@ -153,20 +153,20 @@ def large(size_bytes: int) -> nn.Module:
 
 
 def test_an_evict_of_what_is_not_resident_changes_nothing(residency: Residency):
-    residency.hold(component(), Loads())
+    residency.acquire(component(), Loads())
     residency.evict("other")
     assert residency.resident() == (("k", MIXED_BYTES),)
 
 
 def test_clear_gives_back_the_host_copies_too(residency: Residency):
     loads = Loads()
-    module = residency.hold(component("a"), loads)
-    residency.hold(component("b"), loads)
+    module = residency.acquire(component("a"), loads)
+    residency.acquire(component("b"), loads)
     residency.evict("b")
     residency.clear()
     assert residency.resident() == ()
     assert module.scalar.nbytes == 0
-    residency.hold(component("a"), loads)
+    residency.acquire(component("a"), loads)
     assert loads.keys == ["a", "b", "a"]
 
 
@@ -175,18 +175,18 @@ def test_an_object_that_is_no_module_is_held_as_it_is_and_dropped(residency: Res
         pass
 
     loads = Loads(Session)
-    session = weakref.ref(residency.hold(component(weights_bytes=123), loads))
+    session = weakref.ref(residency.acquire(component(weights_bytes=123), loads))
     assert residency.resident() == (("k", 123),)
     residency.evict("k")
     assert session() is None
-    residency.hold(component(weights_bytes=123), loads)
+    residency.acquire(component(weights_bytes=123), loads)
     assert loads.keys == ["k", "k"]
 
 
 def test_a_module_without_tensors_is_held(residency: Residency):
-    residency.hold(component(), Loads(nn.Identity))
+    residency.acquire(component(), Loads(nn.Identity))
     residency.evict("k")
-    residency.hold(component(), Loads(nn.Identity))
+    residency.acquire(component(), Loads(nn.Identity))
 
 
 def test_a_load_that_fails_leaves_nothing_behind(residency: Residency):
@@ -194,9 +194,9 @@ def test_a_load_that_fails_leaves_nothing_behind(residency: Residency):
         raise UnusableWeights("transformer.safetensors: truncated")
 
     with pytest.raises(UnusableWeights):
-        residency.hold(component(), Loads(fail))
+        residency.acquire(component(), Loads(fail))
     assert residency.resident() == ()
-    assert torch.equal(residency.hold(component(), Loads())(X), Mixed()(X))
+    assert torch.equal(residency.acquire(component(), Loads())(X), Mixed()(X))
 
 
 def test_a_device_without_room_leaves_the_host_copy(monkeypatch: pytest.MonkeyPatch):
@@ -206,17 +206,17 @@ def test_a_device_without_room_leaves_the_host_copy(monkeypatch: pytest.MonkeyPa
     residency, loads = Residency("cpu", copies_to_device=True), Loads()
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(torch, "empty_like", no_room)
-        residency.hold(component(), loads)
+        residency.acquire(component(), loads)
     assert residency.resident() == ()
-    assert torch.equal(residency.hold(component(), loads)(X), Mixed()(X))
+    assert torch.equal(residency.acquire(component(), loads)(X), Mixed()(X))
     assert loads.keys == ["k"]
 
 
 def test_weights_first_held_in_inference_mode_move_like_others(residency: Residency):
     with torch.inference_mode():
-        residency.hold(component(), Loads())
+        residency.acquire(component(), Loads())
     residency.evict("k")
-    module = residency.hold(component(), Loads())
+    module = residency.acquire(component(), Loads())
     assert not module.first.weight.is_inference()
     assert torch.equal(module(X), Mixed()(X))
 
@@ -227,7 +227,7 @@ def test_on_cuda_the_bytes_are_the_allocators_and_the_host_copy_is_page_locked()
     residency, size_bytes = Residency("cuda"), 256 * 2**20
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        module = residency.hold(component(), Loads(lambda: large(size_bytes)))
+        module = residency.acquire(component(), Loads(lambda: large(size_bytes)))
         assert torch.cuda.memory_allocated() - before == size_bytes == residency.resident()[0][1]
         assert module.parts[7].is_cuda and bool((module.parts[7] == 1).all())
         residency.evict("k")
@@ -240,8 +240,8 @@ def test_on_cuda_the_bytes_are_the_allocators_and_the_host_copy_is_page_locked()
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_cuda_outputs_are_the_same_bits_after_100_swaps():
     residency = Residency("cuda")
-    first = residency.hold(component(), Loads())(X.cuda())
+    first = residency.acquire(component(), Loads())(X.cuda())
     for _ in range(100):
         residency.evict("k")
-        assert torch.equal(residency.hold(component(), Loads())(X.cuda()), first)
+        assert torch.equal(residency.acquire(component(), Loads())(X.cuda()), first)
     residency.clear()

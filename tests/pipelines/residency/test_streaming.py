@@ -49,7 +49,7 @@ def component(key: str = "k", weights_bytes: int = 0) -> Component:
 
 
 def streams(key: str, kept_bytes: int) -> ExecutionMode:
-    return ExecutionMode("streamed", phases=(("denoise", (key,)),), kept=((key, kept_bytes),))
+    return ExecutionMode("streamed", phases=(("denoise", (key,)),), streamed_bytes=((key, kept_bytes),))
 
 
 def test_blocks_pass_evenly_and_no_more_stay_than_may():
@@ -75,17 +75,17 @@ def test_a_block_lies_together_and_a_weight_of_two_blocks_outside():
     assert [block.module for block in layout.blocks] == list(Stack().blocks) or len(layout.blocks) == 7
     for block in layout.blocks:
         assert block.start % BLOCK_ALIGNMENT_BYTES == 0
-        for place in block.places:
+        for place in block.slots:
             assert block.start <= place.offset and place.end <= block.end
     # `enter` has two tensors; the weight that two blocks share is the third
-    assert len(layout.outside) == 3
+    assert len(layout.unblocked) == 3
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 3000, 9000, 10**6])
 def test_streamed_outputs_are_the_same_bits(kept_bytes: int):
     residency = Residency("cpu", copies_to_device=True)
-    residency.begin(streams("k", kept_bytes))
-    module = residency.hold(component(), lambda _: Stack())
+    residency.begin_run(streams("k", kept_bytes))
+    module = residency.acquire(component(), lambda _: Stack())
     for _ in range(3):
         assert torch.equal(module(X), Stack()(X))
 
@@ -93,19 +93,19 @@ def test_streamed_outputs_are_the_same_bits(kept_bytes: int):
 @pytest.mark.parametrize("order", [(6, 5, 4, 3, 2, 1, 0), (0, 0, 3, 3), (2,), (1, 5)])
 def test_blocks_may_run_in_any_order(order: tuple[int, ...]):
     residency = Residency("cpu", copies_to_device=True)
-    residency.begin(streams("k", 0))
-    module = residency.hold(component(), lambda _: Stack())
+    residency.begin_run(streams("k", 0))
+    module = residency.acquire(component(), lambda _: Stack())
     assert torch.equal(module(X, order), Stack()(X, order))
 
 
 def test_streamed_bytes_are_those_outside_those_kept_and_two_slots():
     residency = Residency("cpu", copies_to_device=True)
-    residency.begin(streams("k", 0))
-    module = residency.hold(component(), lambda _: Stack())
+    residency.begin_run(streams("k", 0))
+    module = residency.acquire(component(), lambda _: Stack())
     layout = PackedModule.of(Stack()).layout
     largest = max(block.size_bytes for block in layout.blocks)
-    assert residency.resident() == (("k", layout.outside_bytes + 2 * largest),)
-    assert residency.held()[0].streamed
+    assert residency.resident() == (("k", layout.unblocked_bytes + 2 * largest),)
+    assert residency.component_statuses()[0].streamed
     residency.evict("k")
     assert torch.equal(module(X), Stack()(X)), "back on the host, without hooks"
     assert not any(block._forward_pre_hooks for block in module.blocks)
@@ -113,8 +113,8 @@ def test_streamed_bytes_are_those_outside_those_kept_and_two_slots():
 
 def test_a_block_that_raises_leaves_the_module_fit_for_the_next_run():
     residency = Residency("cpu", copies_to_device=True)
-    residency.begin(streams("k", 0))
-    module = residency.hold(component(), lambda _: Stack())
+    residency.begin_run(streams("k", 0))
+    module = residency.acquire(component(), lambda _: Stack())
     with pytest.raises(RuntimeError):
         module(torch.zeros(1, 3))
     assert torch.equal(module(X), Stack()(X))
@@ -125,8 +125,10 @@ def test_outputs_are_the_same_bits_after_100_random_ways_and_swaps():
     chance = random.Random(7)
     for _ in range(100):
         key = chance.choice("ab")
-        residency.begin(chance.choice([ExecutionMode(), streams(key, 0), streams(key, 5000), ExecutionMode("staged")]))
-        module = residency.hold(component(key), lambda _, key=key: Stack(ord(key)))
+        residency.begin_run(
+            chance.choice([ExecutionMode(), streams(key, 0), streams(key, 5000), ExecutionMode("staged")])
+        )
+        module = residency.acquire(component(key), lambda _, key=key: Stack(ord(key)))
         assert torch.equal(module(X), Stack(ord(key))(X))
         if chance.random() < 0.5:
             residency.evict(chance.choice("ab"))
@@ -149,10 +151,10 @@ def test_text_encoders_stream_too(kind: Any, config: Any, kept_bytes: int):
     with torch.inference_mode(False):
         plain = tiny_flux.seeded(1, kind, config)
     residency = Residency("cpu", copies_to_device=True)
-    residency.begin(streams("k", kept_bytes))
-    encoder = residency.hold(component(), lambda _: tiny_flux.seeded(1, kind, config))
+    residency.begin_run(streams("k", kept_bytes))
+    encoder = residency.acquire(component(), lambda _: tiny_flux.seeded(1, kind, config))
     assert torch.equal(encoder(ids).last_hidden_state, plain(ids).last_hidden_state)
-    assert residency.held()[0].streamed
+    assert residency.component_statuses()[0].streamed
 
 
 @pytest.mark.parametrize("way", [ExecutionMode(), streams("k", 5000)], ids=["whole", "streamed"])
@@ -163,14 +165,14 @@ def test_a_device_that_another_program_filled_leaves_right_books(monkeypatch: py
     residency = Residency("cpu", copies_to_device=True)
     module = Stack()
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        residency.begin(way)
+        residency.begin_run(way)
         patch.setattr(torch, "empty_like", no_room)
         patch.setattr(torch, "empty", no_room)
-        residency.hold(component(), lambda _: module)
+        residency.acquire(component(), lambda _: module)
     assert residency.resident() == ()
-    assert [held.device_bytes for held in residency.held()] in ([], [0])
-    residency.begin(streams("k", 0))
-    assert torch.equal(residency.hold(component(), lambda _: Stack())(X), Stack()(X))
+    assert [held.device_bytes for held in residency.component_statuses()] in ([], [0])
+    residency.begin_run(streams("k", 0))
+    assert torch.equal(residency.acquire(component(), lambda _: Stack())(X), Stack()(X))
 
 
 @pytest.mark.gpu
@@ -178,12 +180,12 @@ def test_a_device_that_another_program_filled_leaves_right_books(monkeypatch: py
 def test_on_cuda_streamed_and_whole_are_the_same_bits_and_the_bytes_are_the_allocators():
     residency = Residency("cuda")
     x = X.cuda()
-    expected = residency.hold(component(), lambda _: Stack())(x)
+    expected = residency.acquire(component(), lambda _: Stack())(x)
     residency.evict("k")
     before = torch.cuda.memory_allocated()
     for kept_bytes in (0, 3000, 9000):
-        residency.begin(streams("k", kept_bytes))
-        module = residency.hold(component(), lambda _: Stack())
+        residency.begin_run(streams("k", kept_bytes))
+        module = residency.acquire(component(), lambda _: Stack())
         assert torch.cuda.memory_allocated() - before <= residency.resident()[0][1] + 512 * 16
         for _ in range(10):
             assert torch.equal(module(x), expected)
@@ -212,13 +214,13 @@ def way(folder: Path, tier: Any, tiled: bool = False) -> ExecutionMode:
 
 
 def names_held(residency: Residency) -> list[str]:
-    return [held.name for held in residency.held() if held.device_bytes]
+    return [held.name for held in residency.component_statuses() if held.device_bytes]
 
 
 def picture(flux: Flux, residency: Residency, in_way: ExecutionMode, prompt: str = "a red circle") -> bytes:
-    residency.begin(in_way)
+    residency.begin_run(in_way)
     params = TextToImage(prompt=prompt, width=64, height=64, seed=1, num_inference_steps=2, guidance_scale=3.5)
-    return flux.generate(params, lambda phase, step, steps: residency.enter(phase)).tobytes()
+    return flux.generate(params, lambda phase, step, steps: residency.enter_phase(phase)).tobytes()
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["host is device", "host copies to device"])
@@ -241,10 +243,10 @@ def test_pictures_are_the_same_bits_after_100_random_swaps(folder: Path, copies:
     chance = random.Random(3)
     keys = [part.key for part in weights_of(folder).components]
     parts = {part.key: part for part in weights_of(folder).components}
-    residency.begin(ExecutionMode())
+    residency.begin_run(ExecutionMode())
     for _ in range(100):
         residency.evict(chance.choice(keys))
-        residency.hold(parts[chance.choice(keys)], load_component)
+        residency.acquire(parts[chance.choice(keys)], load_component)
     for tier in ("resident", "staged", "streamed"):
         residency.embeddings = EmbeddingCache()
         assert picture(flux, residency, way(folder, tier)) == expected
@@ -255,10 +257,10 @@ def test_a_phase_of_the_staged_tier_holds_its_own_components_alone(folder: Path)
     seen: dict[str, set[str]] = {}
 
     def look(phase: str, step: int, steps: int) -> None:
-        residency.enter(phase)
+        residency.enter_phase(phase)
         seen.setdefault(phase, set()).update(names_held(residency) if step else [])
 
-    residency.begin(way(folder, "staged"))
+    residency.begin_run(way(folder, "staged"))
     params = TextToImage(prompt="a cat", width=64, height=64, seed=1, num_inference_steps=2, guidance_scale=3.5)
     flux.generate(params, look)
     assert seen == {"encode": {"text_encoder", "text_encoder_2"}, "denoise": {"transformer"}, "decode": {"vae"}}
@@ -302,19 +304,19 @@ def test_embeddings_stay_within_their_budget_the_least_recently_used_go():
 def test_a_phase_is_measured_and_its_weights_are_not_counted(folder: Path):
     flux, residency = a_flux(folder)
     picture(flux, residency, ExecutionMode())
-    phases = residency.meter.end()
+    phases = residency.end_run()
     assert [peak.phase for peak in phases] == ["encode", "denoise", "decode"]
     assert all(0 <= peak.working_bytes < 2**30 for peak in phases)
 
 
 def test_a_phase_that_takes_much_is_seen_to():
     residency = Residency("cpu")
-    residency.begin(ExecutionMode())
-    residency.enter("denoise")
+    residency.begin_run(ExecutionMode())
+    residency.enter_phase("denoise")
     large = torch.ones(64 * 2**20)
-    residency.enter("decode")
+    residency.enter_phase("decode")
     del large
-    measured = {peak.phase: peak.working_bytes for peak in residency.meter.end()}
+    measured = {peak.phase: peak.working_bytes for peak in residency.end_run()}
     assert measured["denoise"] == pytest.approx(256 * 2**20, rel=0.05)
 
 
@@ -330,10 +332,10 @@ def test_weights_that_come_and_go_are_not_working_memory(tier: Any):
     residency = Residency("cpu", copies_to_device=True)
     phases = (("encode", ("a",)), ("denoise", ("b",)), ("decode", ("c",)))
     for _ in range(2):
-        residency.begin(ExecutionMode(tier, phases=phases))
+        residency.begin_run(ExecutionMode(tier, phases=phases))
         for key in "abc":
-            residency.hold(component(key), large)
-        for peak in residency.meter.end():
+            residency.acquire(component(key), large)
+        for peak in residency.end_run():
             assert peak.working_bytes < size_bytes / 8, peak
 
 
@@ -344,19 +346,19 @@ def test_host_copies_stay_within_their_budget():
     size = PackedModule.of(Stack()).weights_bytes
     residency = Residency("cpu", copies_to_device=True, host_budget_bytes=2 * size)
     for key in "abc":
-        residency.hold(component(key, size), lambda _: Stack())
+        residency.acquire(component(key, size), lambda _: Stack())
         residency.evict(key)
-    assert [held.key for held in residency.held()] == ["b", "c"]
-    residency.hold(component("b", size), lambda _: pytest.fail("it has a copy"))
+    assert [held.key for held in residency.component_statuses()] == ["b", "c"]
+    residency.acquire(component("b", size), lambda _: pytest.fail("it has a copy"))
 
 
 def test_a_component_larger_than_the_host_budget_is_refused_with_the_numbers_and_nothing_is_lost():
     size = PackedModule.of(Stack()).weights_bytes
     residency = Residency("cpu", copies_to_device=True, host_budget_bytes=size)
-    residency.hold(component("a", size), lambda _: Stack())
+    residency.acquire(component("a", size), lambda _: Stack())
     with pytest.raises(HostMemoryExhausted, match="host memory for the copies"):
-        residency.hold(component("b", size), lambda _: Stack())
-    assert [held.key for held in residency.held()] == ["a"]
+        residency.acquire(component("b", size), lambda _: Stack())
+    assert [held.key for held in residency.component_statuses()] == ["a"]
     residency.evict("a")
-    residency.hold(component("b", size), lambda _: Stack())
-    assert [held.key for held in residency.held()] == ["b"]
+    residency.acquire(component("b", size), lambda _: Stack())
+    assert [held.key for held in residency.component_statuses()] == ["b"]
