@@ -38,7 +38,7 @@ async def test_an_admin_sees_the_queue_and_how_promises_were_kept(app: InProcess
     first, second = await wait_in_line(ada), await wait_in_line(ada)
     await app.settle()
     queue = await send(app.owner(), "GET", "/queue")
-    assert (queue["paused"], queue["waiting"], queue["promises"]["jobs"]) == (False, 1, 1)
+    assert (queue["paused"], queue["waiting"], queue["startPredictionError"]["jobs"]) == (False, 1, 1)
     assert queue["devices"][0] | {"secondsLeft": None} == {
         "id": "cpu",
         "status": "loading",

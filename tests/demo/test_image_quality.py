@@ -143,7 +143,7 @@ def test_a_job_that_a_crash_began_anew(live_server: LiveServer):
     job = live_server.ask(GENERATE, body(model="flux-dev", numInferenceSteps=50), Prefer="respond-async").json()
     route = f"/api/jobs/{job['id']}"
     live_server.until(lambda: (live_server.read(route)["progress"] or {}).get("step", 0) > 2)
-    worker = live_server.services.dispatcher.workers["cpu"].supervisor.pid
+    worker = live_server.services.dispatcher.state.workers["cpu"].supervisor.pid
     assert worker
     os.kill(worker, signal.SIGKILL)
     done = live_server.until(lambda: (told := live_server.read(route))["status"] == "succeeded" and told)

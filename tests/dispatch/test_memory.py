@@ -80,7 +80,7 @@ def generate(live_server: LiveServer, prompt: str, model: str = "hungry-dev", se
 @pytest.fixture
 def forgetful(live_server: LiveServer) -> None:
     """What failed before is tried again: a model begins no second time in a way that failed twice."""
-    live_server.services.dispatcher.memory.peaks._by_model.clear()
+    live_server.services.dispatcher.state.memory.peaks._by_model.clear()
 
 
 def device(live_server: LiveServer) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def device(live_server: LiveServer) -> dict[str, Any]:
 
 def rungs(live_server: LiveServer) -> list[tuple[str, str | None]]:
     """Of the last job, in order: the way that failed, and the next."""
-    found = device(live_server)["rungs"]
-    return [(each["way"], each["nextWay"]) for each in found if each["jobId"] == found[0]["jobId"]][::-1]
+    found = device(live_server)["oomAttempts"]
+    return [(each["mode"], each["nextMode"]) for each in found if each["jobId"] == found[0]["jobId"]][::-1]
 
 
 def test_a_run_keeps_its_components_and_the_device_tells_of_them(live_server: LiveServer):
@@ -126,10 +126,10 @@ def test_a_job_that_runs_out_goes_down_the_ladder_and_ends_well(
     assert [step[0] for step in rungs(live_server)] == failed
     assert rungs(live_server)[-1][1] == way
     assert live_server.read("/api/jobs")["jobs"][0]["status"] == "succeeded"
-    last = device(live_server)["rungs"][0]
+    last = device(live_server)["oomAttempts"][0]
     if way != "resident, tiled":
         assert generate(live_server, f"only {way}").status_code == 200
-        assert device(live_server)["rungs"][0] == last, "the next one begins where this one ended"
+        assert device(live_server)["oomAttempts"][0] == last, "the next one begins where this one ended"
 
 
 def test_what_ran_out_is_not_tried_first_again_after_a_restart(tmp_path: Path):
@@ -138,12 +138,12 @@ def test_what_ran_out_is_not_tried_first_again_after_a_restart(tmp_path: Path):
         assert generate(first, "only staged").status_code == 200
         assert [step[0] for step in rungs(first)] == ["resident", "resident", "resident, tiled"]
     with running(settings) as second:
-        before = device(second)["rungs"]
+        before = device(second)["oomAttempts"]
         assert generate(second, "only staged").status_code == 200
-        assert device(second)["rungs"] == before
+        assert device(second)["oomAttempts"] == before
     with running(settings, cpu(9 * 2**30)) as larger:
         assert generate(larger, "only resident").status_code == 200, "it is tried where there is more to give out"
-        assert device(larger)["rungs"] == before
+        assert device(larger)["oomAttempts"] == before
 
 
 def test_a_job_that_fits_in_no_way_fails_is_refunded_and_the_next_one_runs(live_server: LiveServer, forgetful: None):
@@ -205,7 +205,7 @@ def test_a_budget_decides_the_tier_and_not_the_picture(
         answer = generate(small, "a red circle")
         assert answer.status_code == 200, answer.text
         assert small.picture(answer.json()["imageUrl"]).tobytes() == expected
-        told = small.services.dispatcher.memory.peaks.of("hungry-dev")
+        told = small.services.dispatcher.state.memory.peaks.of("hungry-dev")
         assert {each.way.tier for each in told} >= {way}
 
 

@@ -27,8 +27,8 @@ class Watched:
         self.live_server, self.folder = live_server, folder
         self.log: list[Any] = []
         dispatcher = live_server.services.dispatcher
-        dispatcher.backlog.policy = Policy(worth_bytes=1)
-        self.worker = dispatcher.workers["cpu"]
+        dispatcher.state.queue.policy = Policy(worth_bytes=1)
+        self.worker = dispatcher.state.workers["cpu"]
         supervisor = self.worker.supervisor
         send, on_event = supervisor.send, supervisor._on_event
         supervisor.send = lambda command: (self.log.append(command), send(command))[1]  # type: ignore[method-assign]
@@ -53,7 +53,7 @@ class Watched:
         return self.live_server.until(lambda: (now := self.status(job_id)) not in ("queued", "running") and now)
 
     def runs(self, job_id: str) -> None:
-        self.live_server.until(lambda: self.worker.runs and self.worker.runs.job_id == job_id)
+        self.live_server.until(lambda: self.worker.job and self.worker.job.job_id == job_id)
 
     def prefetched(self, job_id: str) -> Prefetched:
         """What the worker says at the errand's end."""
@@ -72,7 +72,7 @@ class Watched:
     def books_are_right(self) -> None:
         """What the server thinks is resident is what the worker told last, and as many bytes."""
         self.live_server.until(
-            lambda: self.worker.status == "idle" and not [p for p in self.worker.preparations if p.coming]
+            lambda: self.worker.status == "idle" and not [p for p in self.worker.prefetches if p.pending]
         )
         told = [each for each in self.log if isinstance(each, Resident)][-1]
         self.live_server.until(lambda: dict(self.worker.resident) == dict(told.components))
@@ -92,16 +92,16 @@ def live_server(settings: Settings) -> Iterator[LiveServer]:
 @pytest.fixture
 def it(live_server: LiveServer, tmp_path: Path) -> Iterator[Watched]:
     """With nothing resident."""
-    worker = live_server.services.dispatcher.workers["cpu"]
-    supervisor, policy = worker.supervisor, live_server.services.dispatcher.backlog.policy
+    worker = live_server.services.dispatcher.state.workers["cpu"]
+    supervisor, policy = worker.supervisor, live_server.services.dispatcher.state.queue.policy
     live_server.until(lambda: worker.status == "idle")
     for key in dict(worker.resident):
-        worker.forget({key})
+        worker.remove({key})
         supervisor.send(Evict(key))
     calls = supervisor.send, supervisor._on_event
     yield Watched(live_server, tmp_path)
     supervisor.send, supervisor._on_event = calls  # type: ignore[method-assign]
-    live_server.services.dispatcher.backlog.policy = policy
+    live_server.services.dispatcher.state.queue.policy = policy
 
 
 def keys_of(it: Watched, model: str) -> set[str]:
@@ -132,11 +132,11 @@ def test_a_file_that_is_gone_is_no_concern_of_the_running_job_and_the_next_one_m
 ):
     file = settings.data.parent / "made" / "flux-kontext" / FILE
     first = it.hold("flag")
-    it.worker.halted = True  # so that nothing is prepared before the file is gone
+    it.worker.drain(True)  # so that nothing is prepared before the file is gone
     second = it.ask("flux-kontext")
     kept = file.read_bytes()
     file.unlink()
-    it.worker.halted = False
+    it.worker.drain(False)
     try:
         assert "flux-kontext" in it.prefetched(second).failure
         assert it.status(first) == "running"
@@ -151,7 +151,7 @@ def test_a_file_that_is_gone_is_no_concern_of_the_running_job_and_the_next_one_m
 
 def test_a_cancel_of_the_job_that_was_prepared_for_leaves_its_weights_as_any_others(it: Watched):
     first, second = it.hold("flag"), it.ask("flux-dev")
-    it.live_server.until(lambda: it.worker.preparation)
+    it.live_server.until(lambda: it.worker.prefetch)
     it.live_server.ask(f"/api/jobs/{second}/cancel")
     third = it.ask("flux-schnell")
     assert it.prefetched(third).failure == ""
@@ -163,9 +163,9 @@ def test_a_cancel_of_the_job_that_was_prepared_for_leaves_its_weights_as_any_oth
 
 def test_an_evict_while_a_component_is_on_its_way_is_kept(it: Watched):
     first, second = it.hold("flag"), it.ask("flux-dev")
-    preparation = it.live_server.until(lambda: it.worker.preparation)
-    key = preparation.coming[-1][0]
-    it.worker.forget({key})
+    preparation = it.live_server.until(lambda: it.worker.prefetch)
+    key = preparation.pending[-1][0]
+    it.worker.remove({key})
     it.worker.supervisor.send(Evict(key))
     it.prefetched(second)
     it.let_go("flag")
@@ -175,7 +175,7 @@ def test_an_evict_while_a_component_is_on_its_way_is_kept(it: Watched):
 
 def test_a_worker_killed_while_it_prefetches_leaves_right_books_and_both_jobs_run(it: Watched):
     first, second = it.hold("flag"), it.ask("flux-dev")
-    it.live_server.until(lambda: it.worker.preparation)
+    it.live_server.until(lambda: it.worker.prefetch)
     pid = it.worker.supervisor.pid or 0
     children = psutil.Process(pid).children()
     os.kill(pid, signal.SIGKILL)

@@ -68,7 +68,7 @@ def kinds(live_server: LiveServer, job_id: str) -> list[str]:
 
 
 def rungs(live_server: LiveServer) -> list[dict[str, Any]]:
-    return live_server.read("/api/admin/devices")["devices"][0]["rungs"]
+    return live_server.read("/api/admin/devices")["devices"][0]["oomAttempts"]
 
 
 def test_it_is_made_at_fal_for_what_it_was_charged(live_server: LiveServer, fal: FakeFal):
@@ -83,8 +83,8 @@ def test_it_is_made_at_fal_for_what_it_was_charged(live_server: LiveServer, fal:
     assert [(each.endpoint, each.arguments["prompt"]) for each in fal.submitted] == [("fal-ai/flux/dev", "never")]
     assert live_server.services.jobs.job(job["id"]).attempts == 1
     last = rungs(live_server)[0]
-    assert (last["way"], last["nextDevice"], last["nextWay"]) == ("streamed, tiled", "fal", None)
-    assert live_server.services.dispatcher.workers["cpu"].runs is None
+    assert (last["mode"], last["nextDevice"], last["nextMode"]) == ("streamed, tiled", "fal", None)
+    assert live_server.services.dispatcher.state.workers["cpu"].job is None
     assert live_server.ask(GENERATE, {**WORD, "prompt": "a red circle"}).headers["x-served-by"] == "local"
 
 

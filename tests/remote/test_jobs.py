@@ -180,7 +180,7 @@ def test_progress_is_fals(live_server: RemoteHouse):
     waiting = live_server.until(lambda: live_server.job(job_id)["progress"])
     assert waiting == {"phase": "queued at fal", "step": 2, "steps": 0, "secondsLeft": None}
     said: list[Any] = []
-    live_server.services.dispatcher.endings.progress = Noting(said)
+    live_server.services.dispatcher.state.progress = Noting(said)
     live_server.fal.hold = False
     live_server.until(lambda: live_server.job(job_id)["status"] == "succeeded")
     assert [(each.phase, each.step, each.steps) for each in said] == [("running at fal", 14, 28)]

@@ -67,7 +67,7 @@ remove-bg = "cut"
 class InstantWorker:
     """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once."""
 
-    def __init__(self, device: DeviceSpec, on_event: Callable[[str, Any], None]) -> None:
+    def __init__(self, device: DeviceSpec, families: Any, on_event: Callable[[str, Any], None]) -> None:
         self.device, self.on_event = device, on_event
         self.held: list[Run] = []
         self.holds = True
@@ -101,7 +101,7 @@ class InstantWorker:
     def emit(self, event: Any) -> None:
         asyncio.get_running_loop().call_soon(self.on_event, self.device.id, event)
 
-    async def stop(self, timeout_s: float) -> None:
+    async def stop(self, patience_s: float) -> None:
         pass
 
 
@@ -142,7 +142,7 @@ class InProcessApp:
 
     @property
     def workers(self) -> list[InstantWorker]:
-        return [worker.supervisor for worker in self.services.dispatcher.workers.values()]  # type: ignore[misc]
+        return [worker.supervisor for worker in self.services.dispatcher.state.workers.values()]  # type: ignore[misc]
 
     def release(self, *, holds: bool = False) -> None:
         for worker in self.workers:
@@ -201,9 +201,7 @@ def install_test_models(folder: Path) -> Settings:
 async def serve_app(settings: Settings, clock: Clock | None = None) -> AsyncIterator[InProcessApp]:
     """Serve `settings` in this event loop until the block ends."""
     clock = clock or Clock()
-    made = services.build_services(settings, [CPU], clock)
-    for worker in made.dispatcher.workers.values():
-        worker.supervisor = InstantWorker(CPU, made.dispatcher._worker_said)  # type: ignore[assignment]
+    made = services.build_services(settings, [CPU], clock, spawn=InstantWorker)  # type: ignore[arg-type]
     app = InProcessApp(made, clock)
     await made.start()
     await app.settle()

@@ -244,5 +244,5 @@ def test_promises_at_the_command_line(tmp_path: Path):
     with contextlib.closing(sqlite3.connect(settings.database)) as db:
         db.execute("UPDATE job SET promised_start_at = started_at - 3")
         db.commit()
-    code, told = plantain("jobs", "--promises", "--data", settings.data)
+    code, told = plantain("jobs", "--prediction-error", "--data", settings.data)
     assert code == 0 and "3.0" in told
