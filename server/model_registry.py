@@ -26,10 +26,9 @@ class RunSpec:
 class ModelRegistry:
     """The catalogue beside what is installed."""
 
-    def __init__(self, catalog: Catalog, installed: Installed) -> None:
-        self.catalog = catalog
-        self.installed = installed
-        self.peaks: PeakEstimates | None = None
+    def __init__(self, catalog: Catalog, installed: Installed, peaks: PeakEstimates | None = None) -> None:
+        self.catalog, self.installed = catalog, installed
+        self.peaks = peaks or PeakEstimates("cpu", [])
 
     def find(self, name: str) -> Model:
         """By id or alias. Raises ModelNotFound, naming the close ones."""
@@ -85,7 +84,7 @@ class ModelRegistry:
             model = model.demo
         weights = self.weights(model)
         shape = shape_of(params or {}, pixels)
-        learned = self.peaks.learned(model.id, model.working, shape) if self.peaks else {}
+        learned = self.peaks.learned(model.id, model.working, shape)
         loras = self.loras(model, [lora["id"] for lora in (params or {}).get("loras", ())])
         need = need_of(weights, model.working, shape, learned)
         return RunSpec(weights, with_extra_bytes(need, component_bytes(loras.values())) if loras else need, loras)

@@ -1,5 +1,6 @@
 """What the routes may use, made once per application."""
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from server.accounts.plans import Plans
 from server.accounts.pricing import FalPrice, fal_prices
 from server.auth import Auth
 from server.db.database import Database
-from server.dispatch.dispatcher import Dispatcher
+from server.dispatch.dispatcher import Dispatcher, Spawn
+from server.dispatch.messages import Message, RemoteEvent
+from server.dispatch.recovery import restore_peaks
 from server.files.fetch import AddressGuard
 from server.files.inputs import ImageInputs, VideoInputs
 from server.files.store import FileStore
@@ -22,9 +25,9 @@ from server.jobs.store import JobStore
 from server.model_registry import ModelRegistry
 from server.remote import runner
 from server.remote.job import RemoteTimeouts
-from server.remote.runner import RemoteRunner
 from server.settings import Settings, check_settings
 from server.workers.devices import DeviceSpec, inventory
+from server.workers.supervisor import Supervisor
 
 Clock = Callable[[], float]
 
@@ -66,6 +69,7 @@ def build_services(
     devices: list[DeviceSpec] | None = None,
     clock: Clock = time.time,
     timing: RemoteTimeouts | None = None,
+    spawn: Spawn = Supervisor,
 ) -> Services:
     """Opens the database and the folders; starts nothing yet."""
     check_settings(settings)
@@ -75,10 +79,26 @@ def build_services(
     with database.atomic() as db:
         first_key = admin.create_owner(db, clock())
     files = FileStore(settings.files)
-    registry = ModelRegistry(Catalog.load(settings.weights_toml), Installed(settings.weights, settings.demo))
+    devices = inventory(settings.budget_bytes) if devices is None else devices
+    peaks = restore_peaks(jobs, devices)
+    registry = ModelRegistry(Catalog.load(settings.weights_toml), Installed(settings.weights, settings.demo), peaks)
+    inbox: asyncio.Queue[Message] = asyncio.Queue()
     media = ImageInputs(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
-    desk = runner.build_remote(settings, registry.catalog, files, clock, timing)
-    dispatcher = build_dispatcher(settings, jobs, files, registry, devices, desk, clock)
+    desk = runner.build_remote(
+        settings, registry.catalog, files, clock, lambda event: inbox.put_nowait(RemoteEvent(event)), timing
+    )
+    dispatcher = Dispatcher(
+        jobs,
+        files,
+        registry,
+        devices,
+        inbox=inbox,
+        spawn=spawn,
+        remote=desk,
+        max_queued=settings.max_queued,
+        max_queued_each=settings.max_queued_each,
+        clock=clock,
+    )
     clips = VideoInputs(files, AddressGuard(settings.allowed_networks), offline=settings.offline)
     intake = Intake(registry, media, clips, files, dispatcher, desk, settings.route)
     return Services(
@@ -96,26 +116,4 @@ def build_services(
         fal_prices=fal_prices(settings.fal_prices_toml),
         clock=clock,
         first_key=first_key,
-    )
-
-
-def build_dispatcher(
-    settings: Settings,
-    jobs: JobStore,
-    files: FileStore,
-    registry: ModelRegistry,
-    devices: list[DeviceSpec] | None,
-    desk: RemoteRunner,
-    clock: Clock,
-) -> Dispatcher:
-    """`devices` is None for those that the machine has."""
-    return Dispatcher(
-        jobs,
-        files,
-        registry,
-        inventory(settings.budget_bytes) if devices is None else devices,
-        desk=desk,
-        max_queued=settings.max_queued,
-        max_queued_each=settings.max_queued_each,
-        clock=clock,
     )

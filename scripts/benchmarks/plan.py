@@ -62,7 +62,7 @@ def status_ms() -> float:
         user = users.user_by_email(made.database.db, "owner@localhost")
         weights = Weights("wayward", "tests.families.scripted", Path("x"), (Component("network", "a", 1, Path("x")),))
         made.shelf.runnable = lambda *_: RunSpec(weights, Need((("a", 1),), 1))  # type: ignore[method-assign]
-        made.dispatcher.workers["cpu"].supervisor.start = lambda: None  # type: ignore[method-assign]
+        made.dispatcher.state.workers["cpu"].supervisor.start = lambda: None  # type: ignore[method-assign]
         for number in range(JOBS):
             made.jobs.insert(job(number, user, made.files.new_name(".png")), time.time())
         with serving(made) as address, httpx.Client(base_url=address) as client:

@@ -18,6 +18,10 @@ async def healthz() -> JSONResponse:
 async def readyz(services: ServicesDep) -> JSONResponse:
     """200 once a worker can serve and the database can be written; 503 with what is wrong otherwise."""
     dispatcher = services.dispatcher
-    workers = {device: worker.status for device, worker in dispatcher.workers.items()}
-    body = {"status": "ready" if dispatcher.ready else "not ready", "workers": workers, "trouble": dispatcher.trouble}
+    workers = {device: worker.status for device, worker in dispatcher.status.workers.items()}
+    body = {
+        "status": "ready" if dispatcher.ready else "not ready",
+        "workers": workers,
+        "trouble": dispatcher.unhealthy_reason,
+    }
     return JSONResponse(body, status_code=200 if dispatcher.ready else 503)

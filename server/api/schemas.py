@@ -94,10 +94,10 @@ def output_json(services: Services, job: Job, base_url: str) -> dict[str, Any]:
 
 
 def _progress(services: Services, job: Job) -> dict[str, Any] | None:
-    progress = services.dispatcher.progress.get(job.id)
+    progress = services.dispatcher.status.progress.get(job.id)
     if job.status != "running" or progress is None:
         return None
-    left = services.dispatcher.seconds_left(job.id)
+    left = services.dispatcher.status.seconds_left(job.id)
     return {
         "phase": progress.phase,
         "step": progress.step,
@@ -107,12 +107,12 @@ def _progress(services: Services, job: Job) -> dict[str, Any] | None:
 
 
 def _queue(services: Services, job: Job) -> dict[str, Any] | None:
-    place = services.dispatcher.place(job.id) if job.status == "queued" else None
+    place = services.dispatcher.status.place(job.id) if job.status == "queued" else None
     if place is None:
         return None
     return {
         "position": place.position,
-        "reason": services.dispatcher.reason(job.id),
+        "reason": services.dispatcher.status.reason(job.id),
         "expectedStartAt": iso_or_none(place.start_at),
     }
 

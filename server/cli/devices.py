@@ -12,8 +12,8 @@ from pipelines.base import ExecutionMode
 from pipelines.catalog.catalog import WEIGHTS_TOML, Catalog, Model
 from pipelines.weights.installed import Installed
 from server.cli.common import Data, open_database, print_table
-from server.dispatch.records import FAL, read_attempts, read_devices, read_peaks
-from server.dispatch.status import attempt_json, with_models
+from server.dispatch.records import FAL, read_devices, read_peaks
+from server.dispatch.status import oom_attempts, with_models
 from server.model_registry import ModelRegistry
 from server.scheduling.estimates import PeakEstimates, PeakMeasurement
 from server.scheduling.need import Shape, need_of
@@ -38,8 +38,7 @@ def devices(
     users = ModelRegistry(Catalog.load(weights_toml), Installed(data / "weights")).users()
     with open_database(data) as db:
         states = [
-            {**with_models(state, users), "rungs": [attempt_json(row) for row in read_attempts(db, state["id"])]}
-            for state in read_devices(db)
+            {**with_models(state, users), "oomAttempts": oom_attempts(db, state["id"])} for state in read_devices(db)
         ]
     if as_json:
         typer.echo(json.dumps({"devices": states}, indent=1))
@@ -61,10 +60,10 @@ def print_device(state: dict[str, Any]) -> None:
         typer.echo(f"  {prefetch_line(state['prefetch'])}")
     for each in state["evictions"][:5]:
         typer.echo(f"  evicted {each['name']}, {gib(each['bytes'])}, at {each['at']}")
-    for each in state["rungs"][:5]:
+    for each in state["oomAttempts"][:5]:
         last = "then it went to fal" if each["nextDevice"] == FAL else "then it failed"
-        then = f"then {each['nextWay']} on {each['nextDevice']}" if each["nextWay"] else last
-        typer.echo(f"  {each['model']} ran out of memory, {each['way']}, at {each['at']}; {then}")
+        then = f"then {each['nextMode']} on {each['nextDevice']}" if each["nextMode"] else last
+        typer.echo(f"  {each['model']} ran out of memory, {each['mode']}, at {each['at']}; {then}")
 
 
 def prefetch_line(prefetch: dict[str, Any]) -> str:

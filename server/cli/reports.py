@@ -73,7 +73,7 @@ JOB_COLUMNS = ["id", "email", "kind", "model", "status", "attempts", "credits", 
 def list_jobs(
     status: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
     limit: int = 30,
-    promised: Annotated[bool, typer.Option("--promises", help="How well expected starts were kept.")] = False,
+    promised: Annotated[bool, typer.Option("--prediction-error", help="The error of predicted start times.")] = False,
     data: Data = Path("data"),
 ) -> None:
     """Everyone's jobs, newest first."""

@@ -56,7 +56,7 @@ class GracefulServer(uvicorn.Server):
         self._leaving = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
-        await self.dispatcher.leave(self.patience_s)
+        await self.dispatcher.drain(self.patience_s)
         self.should_exit = True
 
 
@@ -130,7 +130,7 @@ def _print_startup(settings: Settings, made: services.Services) -> None:
     console = Console(highlight=False, soft_wrap=True)
     address = settings.public_url or f"http://{_host(settings.host)}:{settings.port}"
     console.print(f"Plantain listens on [bold]{address}[/bold]")
-    for worker in made.dispatcher.workers.values():
+    for worker in made.dispatcher.status.workers.values():
         device = worker.supervisor.device
         console.print(f"  {device.name} ({device.id}): {device.budget_bytes / 2**30:.1f} GiB to give out")
     if on_demo := made.registry.on_demo():

@@ -104,13 +104,18 @@ class Database:
     async def transaction(
         self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Run a function of the connection off the event loop in one transaction: all its changes or, if it raises, none."""
+        """Run a function of the connection in one transaction: all of its changes or, if it raises, none."""
+        return await self.call(self._in_transaction, lambda db: function(db, *args, **kwargs))
 
-        def run() -> T:
-            with self.atomic() as db:
-                return function(db, *args, **kwargs)
+    async def write_transaction(
+        self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`transaction`, retried as `write` is."""
+        return await self.write(self._in_transaction, lambda db: function(db, *args, **kwargs))
 
-        return await self.call(run)
+    def _in_transaction(self, function: Callable[[Connection], T]) -> T:
+        with self.atomic() as db:
+            return function(db)
 
     async def write(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`call`, retried until the row is stored: a full disk or a locked database delays, and loses nothing."""

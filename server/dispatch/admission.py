@@ -1,72 +1,69 @@
-"""Where jobs come in: refused before they are charged, or charged, written down, and sent to the dispatcher."""
+"""Admission control: refuses a job before it is charged, or charges, stores and enqueues it."""
 
 import asyncio
-from collections.abc import Callable
 
-from server.dispatch.actions import Floor
 from server.dispatch.messages import JobSubmitted, Message, RemoteJobSubmitted
+from server.dispatch.state import Effects, State
 from server.errors import ConcurrencyLimit, DoesNotFit, QueueFull, Unavailable
 from server.jobs.job import Job, NewJob
 from server.model_registry import RunSpec
-from server.remote.runner import RemoteRunner
-from server.scheduling import placement
+from server.scheduling.placement import refusal
 
 
 class Admission:
-    """`max_queued_each` is of one user. Once `closed`, nothing comes in any more."""
+    """`max_queued` jobs wait in all, and `max_queued_each` of one user."""
 
     def __init__(
-        self,
-        floor: Floor,
-        desk: RemoteRunner | None,
-        inbox: asyncio.Queue[Message],
-        clock: Callable[[], float],
-        max_queued: int,
-        max_queued_each: int,
+        self, state: State, effects: Effects, inbox: asyncio.Queue[Message], max_queued: int, max_queued_each: int
     ) -> None:
-        self.floor, self.desk, self.inbox, self.clock = floor, desk, inbox, clock
-        self.backlog, self.store = floor.backlog, floor.store
+        self.state, self.effects, self.inbox = state, effects, inbox
         self.max_queued, self.max_queued_each = max_queued, max_queued_each
-        self.closed = False
 
-    async def submit(self, new: NewJob, runnable: RunSpec) -> tuple[Job, int]:
-        """Charge and queue; returns the job and the balance left. Raises DoesNotFit, QueueFull, InsufficientCredits."""
-        if refusal := placement.refusal(runnable.need, self.floor.devices):
-            raise DoesNotFit(f"{new.model} {refusal}.", needBytes=runnable.need.total_bytes)
+    async def submit(self, new: NewJob, spec: RunSpec) -> tuple[Job, int]:
+        """Returns the job and the balance left.
+
+        Raises Unavailable, DoesNotFit, QueueFull, ConcurrencyLimit or InsufficientCredits.
+        """
+        if reason := refusal(spec.need, self.state.devices):
+            raise DoesNotFit(f"{new.model} {reason}.", needBytes=spec.need.total_bytes)
         self._check_room(new.user_id)
-        return await asyncio.shield(self._accept(new, runnable))
+        return await asyncio.shield(self._enqueue(new, spec))
 
     async def submit_remote(self, new: NewJob) -> tuple[Job, int]:
-        """The same for a job that runs at fal, where it waits in fal's own queue."""
-        if self.closed:
+        """The same for a job that runs at fal.ai, where it waits in fal's own queue."""
+        self._check_open()
+        remote = self.effects.remote
+        if remote and len(remote.tasks) + self.inbox.qsize() >= self.max_queued:
+            jobs = [remote_job.job for remote_job in remote.errands.values()]
+            retry_after_s = self.state.queue.remote_retry_after_s(jobs, self.effects.clock())
+            raise self._queue_full(retry_after_s)
+        return await asyncio.shield(self._enqueue_remote(new))
+
+    def _check_open(self) -> None:
+        if self.state.draining:
             raise stopping()
-        if self.desk and len(self.desk.tasks) + self.inbox.qsize() >= self.max_queued:
-            jobs = [errand.job for errand in self.desk.errands.values()]
-            headers = {"Retry-After": str(self.backlog.retry_remote_s(jobs, self.clock()))}
-            raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers=headers)
-        return await asyncio.shield(self._accept_remote(new))
 
     def _check_room(self, user_id: str) -> None:
-        if self.closed:
-            raise stopping()
-        if len(self.backlog.jobs) + self.inbox.qsize() >= self.max_queued:
-            raise QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers=self._retry_after())
-        if self.backlog.turns.waiting(user_id) >= self.max_queued_each:
+        self._check_open()
+        retry_after_s = self.state.queue.retry_after_s(list(self.state.workers.values()))
+        if len(self.state.queue.jobs) + self.inbox.qsize() >= self.max_queued:
+            raise self._queue_full(retry_after_s)
+        if self.state.queue.turns.waiting(user_id) >= self.max_queued_each:
             text = f"You have {self.max_queued_each} jobs waiting; more cannot be taken."
-            raise ConcurrencyLimit(text, headers=self._retry_after(), limit=self.max_queued_each)
+            raise ConcurrencyLimit(text, headers={"Retry-After": str(retry_after_s)}, limit=self.max_queued_each)
 
-    def _retry_after(self) -> dict[str, str]:
-        return {"Retry-After": str(self.backlog.retry_s(list(self.floor.workers.values())))}
+    def _queue_full(self, retry_after_s: int) -> QueueFull:
+        headers = {"Retry-After": str(retry_after_s)}
+        return QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers=headers)
 
-    async def _accept(self, new: NewJob, runnable: RunSpec) -> tuple[Job, int]:
-        now = self.clock()
-        promised_at = self.backlog.promise(new, runnable, list(self.floor.workers.values()), now)
-        job, balance = await self.store.database.call(self.store.insert, new, now, promised_at)
-        self.inbox.put_nowait(JobSubmitted(self.backlog.queued(job, runnable)))
+    async def _enqueue(self, new: NewJob, spec: RunSpec) -> tuple[Job, int]:
+        """Shielded by the callers: a request that breaks off in here leaves no job that was charged and is not queued."""
+        job, balance = await self.effects.database.call(self.effects.jobs.insert, new, self.effects.clock())
+        self.inbox.put_nowait(JobSubmitted(self.state.queue.queued(job, spec)))
         return job, balance
 
-    async def _accept_remote(self, new: NewJob) -> tuple[Job, int]:
-        job, balance = await self.store.database.call(self.store.insert, new, self.clock())
+    async def _enqueue_remote(self, new: NewJob) -> tuple[Job, int]:
+        job, balance = await self.effects.database.call(self.effects.jobs.insert, new, self.effects.clock())
         self.inbox.put_nowait(RemoteJobSubmitted(job))
         return job, balance
 

@@ -1,18 +1,14 @@
-"""The one owner of queue, workers and residency. Everyone else sends it a message."""
-# FROM server.loop: The dispatcher's run loop: it takes what has come, then decides once. Meanwhile nothing else changes the state.
+"""The dispatcher: the single owner of the queue, the workers and their residency. Others send it messages."""
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from server.dispatch.actions import Floor
+from server.dispatch import actions, completion, events
 from server.dispatch.admission import Admission, stopping
-from server.dispatch.completion import Endings
-from server.dispatch.events import on_remote_event
 from server.dispatch.memory import MemoryTracker
 from server.dispatch.messages import (
     CancelRequested,
@@ -21,107 +17,28 @@ from server.dispatch.messages import (
     Message,
     PauseRequested,
     PriorityRequested,
-    QueuedJob,
     RemoteEvent,
     RemoteJobSubmitted,
     RestartDue,
     Tick,
     WorkerEvent,
 )
+from server.dispatch.queue import WHOLE_QUEUE
 from server.dispatch.recovery import requeue_unfinished, restore_oom_history, restore_queue
-from server.dispatch.state import Waiters
+from server.dispatch.state import Effects, State
+from server.dispatch.status import Status
 from server.dispatch.worker_state import WorkerState
 from server.errors import InternalError
 from server.files.store import FileStore
-from server.jobs.job import Job
+from server.jobs.job import Job, NewJob
 from server.jobs.store import JobStore
-from server.model_registry import ModelRegistry
-from server.remote.job import RemoteJobEvent
+from server.model_registry import ModelRegistry, RunSpec
 from server.remote.runner import RemoteRunner
-from server.scheduling import types
-from server.scheduling.forecast import QueuePosition
 from server.workers import protocol
 from server.workers.devices import DeviceSpec, free_bytes
 from server.workers.supervisor import OnEvent, Supervisor
 
 log = logging.getLogger("plantain.dispatcher")
-
-
-class Loop:
-    """Once it is `leaving` it starts nothing more, and is `quiet` when nothing runs any more."""
-
-    def __init__(
-        self,
-        inbox: asyncio.Queue[Message],
-        floor: Floor,
-        desk: RemoteRunner | None,
-        clock: Callable[[], float],
-    ) -> None:
-        self.inbox, self.floor, self.desk, self.clock = inbox, floor, desk, clock
-        self.database = floor.store.database
-        self.store, self.backlog = floor.store, floor.backlog
-        self.workers, self.endings = floor.workers, floor.endings
-        self.leaving = False
-        self.quiet = asyncio.Event()
-
-    async def run(self) -> None:
-        while True:
-            if not self.leaving:
-                await self.floor.perform(self.backlog.plan(self.floor.devices, self.clock()))
-            elif not any(worker.runs for worker in self.workers.values()):
-                self.quiet.set()
-            await self._handle(await self.inbox.get())
-            while not self.inbox.empty():
-                await self._handle(self.inbox.get_nowait())
-
-    async def _handle(self, message: Message) -> None:
-        match message:
-            case JobSubmitted(queued):
-                self.backlog.add(queued)
-            case CancelRequested(job_id, heard):
-                await self._cancel(job_id)
-                heard.set_result(None)
-            case PriorityRequested(job_id, priority, heard):
-                await self._prioritise(job_id, priority)
-                heard.set_result(None)
-            case PauseRequested(what, on, heard):
-                await self._halt(what, on)
-                heard.set_result(None)
-            case Tick():
-                self.floor.kill_the_hung()
-            case GpuMemoryReport(free_bytes):
-                await self.floor.hear_driver(free_bytes)
-            case WorkerEvent(device, event):
-                await self.floor.hear(self.workers[device], event)
-            case RestartDue(device):
-                self.floor.spawn(self.workers[device])
-            case RemoteJobSubmitted(job) if self.desk:
-                self.desk.start(job)
-            case RemoteEvent(said):
-                await on_remote_event(said, self.store, self.endings, self.clock())
-
-    async def _cancel(self, job_id: str) -> None:
-        if self.backlog.drop(job_id):
-            self.endings.done(await self.database.write(self.store.cancel, job_id, self.clock()))
-        if self.desk:
-            self.desk.cancel(job_id)
-        self.floor.cancel(job_id)
-
-    async def _prioritise(self, job_id: str, priority: int) -> None:
-        job = await self.database.write(self.store.prioritise, job_id, priority)
-        if job and (queued := self.backlog.jobs.get(job_id)):
-            self.backlog.put(replace(queued, priority=priority, job=job))
-
-    async def _halt(self, what: str, on: bool) -> None:
-        if on:
-            await self.database.write(self.store.pause, what, self.clock())
-            self.backlog.halted.add(what)
-        else:
-            await self.database.write(self.store.resume, what)
-            self.backlog.halted.discard(what)
-        if what in self.workers:
-            self.workers[what].halted = on
-
 
 Spawn = Callable[[DeviceSpec, Sequence[str], OnEvent], Supervisor]
 
@@ -130,192 +47,234 @@ TICK_S = 1.0
 
 
 class Dispatcher:
-    """What others may ask of it, its start and its end. What it does is its loop's, its floor's and its endings'."""
+    """`submit`, `cancel`, `wait` and the like are called by others; `status` is what they may see.
+
+    One task runs `_run`: it takes the messages that have come, then plans once and performs the plan's actions.
+    Nothing else changes the state. `remote` reports its events to `inbox`.
+    """
 
     def __init__(
         self,
-        store: JobStore,
+        jobs: JobStore,
         files: FileStore,
-        shelf: ModelRegistry,
+        registry: ModelRegistry,
         devices: Sequence[DeviceSpec],
         *,
-        desk: RemoteRunner | None = None,
+        inbox: asyncio.Queue[Message] | None = None,
+        remote: RemoteRunner | None = None,
         max_queued: int = 10_000,
         max_queued_each: int = 1_000,
         spawn: Spawn = Supervisor,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.store, self.files, self.shelf, self.clock = store, files, shelf, clock
-        self.desk = desk
-        if desk:
-            desk.tell = self._desk_said
-        self.inbox: asyncio.Queue[Message] = asyncio.Queue()
-        self.backlog = restore_queue(store, clock())
-        self.watchers = Waiters()
-        self.memory = MemoryTracker(store, devices)
-        shelf.peaks = self.memory.peaks
-        self.workers: dict[str, WorkerState] = {}
-        to_fal = desk.start if desk and desk.connected else None
-        self.endings = Endings(store, self.backlog, self.memory, self.watchers, self.workers, clock, to_fal)
-        self.floor = Floor(self.endings, files, self._respawn_later)
-        self.loop = Loop(self.inbox, self.floor, desk, clock)
-        self.door = Admission(self.floor, desk, self.inbox, clock, max_queued, max_queued_each)
-        self.submit, self.submit_remote = self.door.submit, self.door.submit_remote
-        families = shelf.families()
-        for device in devices:
-            worker = WorkerState(spawn(device, families, self._worker_said), device.budget_bytes)
-            worker.halted = device.id in self.backlog.halted
-            self.workers[device.id] = worker
-        self._ticking: asyncio.TimerHandle | None = None
-        self._asking: asyncio.Task[None] | None = None
-        self._running: asyncio.Task[None] | None = None
-        self.fallen: str | None = None
+        self.registry = registry
+        self.inbox: asyncio.Queue[Message] = inbox or asyncio.Queue()
+        queue = restore_queue(jobs, clock())
+        workers = {
+            device.id: WorkerState(
+                spawn(device, registry.families(), self._on_worker_event),
+                device.budget_bytes,
+                draining=device.id in queue.paused,
+            )
+            for device in devices
+        }
+        self.state = State(queue, workers, MemoryTracker(registry.peaks))
+        self.effects = Effects(jobs.database, jobs, files, remote, clock, self._restart_later)
+        self.status = Status(self.state, clock)
+        self.admission = Admission(self.state, self.effects, self.inbox, max_queued, max_queued_each)
+        self._drained = asyncio.Event()
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._gpu_memory_task: asyncio.Task[None] | None = None
+        self._loop_task: asyncio.Task[None] | None = None
+        self.loop_error: str | None = None
 
-    # What others may ask
+    # What others may call
 
     async def start(self) -> None:
-        """Take up the queue where the last server left it, start the workers and the run loop."""
-        await restore_oom_history(self.store, self.shelf, self.memory, self.clock)
-        await requeue_unfinished(self.store, self.shelf, self.backlog, self.clock)
-        for job in await self.store.database.call(self.store.recover_remote, self.clock()):
-            if self.desk:
-                self.desk.start(job)
-        for worker in self.workers.values():
-            self.floor.spawn(worker)
+        """Restore the queue of the last server, start the workers and the run loop."""
+        jobs, database, clock = self.effects.jobs, self.effects.database, self.effects.clock
+        await restore_oom_history(jobs, self.registry, self.state.memory, clock)
+        await requeue_unfinished(jobs, self.registry, self.state.queue, clock)
+        remote_jobs = await database.call(jobs.recover_remote, clock())
+        if self.effects.remote:
+            for job in remote_jobs:
+                self.effects.remote.start(job)
+        for worker in self.state.workers.values():
+            actions.spawn(self.effects, worker)
         self._tick()
-        self._asking = asyncio.create_task(self._ask_driver(), name="driver")
-        self._running = asyncio.create_task(self.loop.run(), name="dispatcher")
-        self._running.add_done_callback(self._fell)
+        self._gpu_memory_task = asyncio.create_task(self._poll_gpu_memory(), name="gpu memory")
+        self._loop_task = asyncio.create_task(self._run(), name="dispatcher")
+        self._loop_task.add_done_callback(self._on_loop_error)
 
-    async def leave(self, patience_s: float) -> None:
-        """Start nothing more, and wait for the running jobs, so long at most. Others go on at the next start."""
-        self.loop.leaving = self.door.closed = True
-        for job_id in self.backlog.jobs:
-            self.watchers.tell(job_id, stopping())
+    async def drain(self, timeout_s: float) -> None:
+        """Start nothing more, and wait for the running jobs up to `timeout_s`. The others go on at the next start."""
+        self.state.begin_drain()
+        for job_id in self.state.queue.jobs:
+            self.state.waiters.notify(job_id, stopping())
         self.inbox.put_nowait(Tick())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.loop.quiet.wait(), patience_s)
+            await asyncio.wait_for(self._drained.wait(), timeout_s)
 
     async def stop(self) -> None:
-        """End the workers; jobs that were running go on at the next start, at no cost of an attempt."""
-        if self.desk:
-            await self.desk.stop()  # while the loop still writes down what is on its way to fal
-        if self._ticking:
-            self._ticking.cancel()
-        for task in (self._asking, self._running):
+        """Stop the workers; jobs that were running are queued again for the next start, at no cost of an attempt."""
+        if self.effects.remote:
+            await self.effects.remote.stop()  # while the loop still stores request ids of submits under way
+        if self._tick_timer:
+            self._tick_timer.cancel()
+        for task in (self._gpu_memory_task, self._loop_task):
             if task:
                 task.cancel()
-        for worker in self.workers.values():
-            if worker.runs:
-                await self.store.database.call(
-                    self.store.requeue, worker.runs.job_id, self.clock(), count_attempt=False
-                )
-        await asyncio.gather(*(worker.supervisor.stop(STOP_TIMEOUT_S) for worker in self.workers.values()))
-        self.watchers.tell_all(stopping())
+        jobs, database, clock = self.effects.jobs, self.effects.database, self.effects.clock
+        for worker in self.state.workers.values():
+            if worker.job:
+                await database.call(jobs.requeue, worker.job.job_id, clock(), count_attempt=False)
+        await asyncio.gather(*(worker.supervisor.stop(STOP_TIMEOUT_S) for worker in self.state.workers.values()))
+        self.state.waiters.fail_all(stopping())
+
+    async def submit(self, new: NewJob, spec: RunSpec) -> tuple[Job, int]:
+        """Admit a job that runs here; returns it and the balance left. See `Admission.submit` for what it raises."""
+        return await self.admission.submit(new, spec)
+
+    async def submit_remote(self, new: NewJob) -> tuple[Job, int]:
+        """Admit a job that runs at fal.ai."""
+        return await self.admission.submit_remote(new)
 
     async def wait(self, job_id: str) -> Job:
         """The job once it has ended. Raises KeyError; Unavailable when the server stops first."""
-        future = self.watchers.join(job_id)
+        future = self.state.waiters.add(job_id)
         try:
-            job = await self.store.database.call(self.store.job, job_id)
+            job = await self.effects.database.call(self.effects.jobs.job, job_id)
             return job if job.is_final else await future
         finally:
-            self.watchers.leave(job_id, future)
+            self.state.waiters.remove(job_id, future)
 
     async def cancel(self, job_id: str) -> Job:
         """Stop a job: a queued one at once, a running one at its next step. Returns the job as it is then."""
-        heard = asyncio.get_running_loop().create_future()
-        self.inbox.put_nowait(CancelRequested(job_id, heard))
-        await heard
-        return await self.store.database.call(self.store.job, job_id)
+        done = asyncio.get_running_loop().create_future()
+        self.inbox.put_nowait(CancelRequested(job_id, done))
+        await done
+        return await self.effects.database.call(self.effects.jobs.job, job_id)
 
-    async def prioritise(self, job_id: str, priority: int) -> Job:
-        """Put a waiting job in front of the others (over zero) or behind them (under zero); the highest goes first."""
-        heard = asyncio.get_running_loop().create_future()
-        self.inbox.put_nowait(PriorityRequested(job_id, priority, heard))
-        await heard
-        return await self.store.database.call(self.store.job, job_id)
+    async def set_priority(self, job_id: str, priority: int) -> Job:
+        """Waiting jobs with a higher priority start first; 0 is normal."""
+        done = asyncio.get_running_loop().create_future()
+        self.inbox.put_nowait(PriorityRequested(job_id, priority, done))
+        await done
+        return await self.effects.database.call(self.effects.jobs.job, job_id)
 
-    async def halt(self, what: str, on: bool) -> None:
-        """Let the queue, or a device, start nothing until it is resumed. What runs, runs on."""
-        heard = asyncio.get_running_loop().create_future()
-        self.inbox.put_nowait(PauseRequested(what, on, heard))
-        await heard
+    async def pause_queue(self) -> None:
+        """Nothing starts until `resume_queue`, restarts included; running jobs finish."""
+        await self._pause(WHOLE_QUEUE, True)
 
-    @property
-    def progress(self) -> Mapping[str, protocol.Progress]:
-        return self.endings.progress
+    async def resume_queue(self) -> None:
+        await self._pause(WHOLE_QUEUE, False)
 
-    @property
-    def queue(self) -> Mapping[str, QueuedJob]:
-        return self.backlog.jobs
+    async def drain_device(self, device: str) -> None:
+        """The device finishes its job and starts nothing until `resume_device`, restarts included."""
+        await self._pause(device, True)
 
-    @property
-    def devices(self) -> list[types.DeviceState]:
-        return self.floor.devices
+    async def resume_device(self, device: str) -> None:
+        await self._pause(device, False)
 
     @property
-    def trouble(self) -> str | None:
+    def unhealthy_reason(self) -> str | None:
         """What keeps the server from working, for a person."""
-        return self.fallen or self.store.database.write_error
-
-    def seconds_left(self, job_id: str) -> float | None:
-        """Until a running job should have ended."""
-        return self.floor.seconds_left(job_id)
-
-    def state(self, worker: WorkerState) -> dict[str, Any]:
-        """A worker's device as people and programs see it."""
-        return self.floor.state(worker)
+        return self.loop_error or self.effects.database.write_error
 
     @property
     def ready(self) -> bool:
-        """Whether a worker can serve now and what it does can be written down."""
-        serving = {"idle", "loading", "running"}
-        return not self.trouble and any(worker.status in serving for worker in self.workers.values())
+        """Whether a worker can run a job now and its outcome can be stored."""
+        return not self.unhealthy_reason and self.status.serving
 
-    def position(self, job_id: str) -> int | None:
-        """1 for the job that is next; None for one that does not wait."""
-        place = self.place(job_id)
-        return place.position if place else None
+    # The run loop
 
-    def place(self, job_id: str) -> QueuePosition | None:
-        """Where a job stands in the queue, and when it should start; None for one that does not wait."""
-        if job_id not in self.backlog.jobs:
-            return None
-        return self.backlog.places(list(self.workers.values()), self.clock())[job_id]
+    async def _run(self) -> None:
+        while True:
+            now = self.effects.clock()
+            self.state.queue.predict_starts(list(self.state.workers.values()), now)
+            if not self.state.draining:
+                await actions.perform(self.state, self.effects, self.state.queue.plan(self.state.devices, now))
+            elif self.state.drained:
+                self._drained.set()
+            await self._handle(await self.inbox.get())
+            while not self.inbox.empty():
+                await self._handle(self.inbox.get_nowait())
 
-    def reason(self, job_id: str) -> str | None:
-        """Why a job waits, for a person."""
-        if self.loop.leaving:
-            return "the server is stopping; the job goes on when it is back"
-        queued = self.backlog.jobs.get(job_id)
-        return self.backlog.reason(queued, list(self.workers.values()), self.clock()) if queued else None
+    async def _handle(self, message: Message) -> None:
+        state, effects = self.state, self.effects
+        match message:
+            case JobSubmitted(queued):
+                state.queue.push(queued)
+            case RemoteJobSubmitted(job) if effects.remote:
+                effects.remote.start(job)
+            case CancelRequested(job_id, done):
+                await self._cancel(job_id)
+                done.set_result(None)
+            case PriorityRequested(job_id, priority, done):
+                await self._set_priority(job_id, priority)
+                done.set_result(None)
+            case PauseRequested(what, paused, done):
+                await self._set_paused(what, paused)
+                done.set_result(None)
+            case Tick():
+                actions.kill_stalled_workers(state, effects)
+            case GpuMemoryReport(free):
+                await events.on_gpu_memory_report(state, effects, free)
+            case WorkerEvent(device, event):
+                await events.on_worker_event(state, effects, state.workers[device], event)
+            case RemoteEvent(remote_event):
+                await events.on_remote_event(state, effects, remote_event)
+            case RestartDue(device):
+                actions.spawn(effects, state.workers[device])
 
-    # Around the loop: what it is told, and that it fell
+    async def _cancel(self, job_id: str) -> None:
+        if self.state.queue.remove(job_id):
+            job = await self.effects.database.write(self.effects.jobs.cancel, job_id, self.effects.clock())
+            completion.notify_waiters(self.state, job)
+        if self.effects.remote:
+            self.effects.remote.cancel(job_id)
+        actions.cancel(self.state, job_id)
+
+    async def _set_priority(self, job_id: str, priority: int) -> None:
+        job = await self.effects.database.write(self.effects.jobs.prioritise, job_id, priority)
+        if job and (queued := self.state.queue.jobs.get(job_id)):
+            self.state.queue.replace(dataclasses.replace(queued, priority=priority, job=job))
+
+    async def _set_paused(self, what: str, paused: bool) -> None:
+        if paused:
+            await self.effects.database.write(self.effects.jobs.pause, what, self.effects.clock())
+        else:
+            await self.effects.database.write(self.effects.jobs.resume, what)
+        self.state.queue.set_paused(what, paused)
+        if what in self.state.workers:
+            self.state.workers[what].drain(paused)
+
+    # Where messages come from
+
+    async def _pause(self, what: str, paused: bool) -> None:
+        done = asyncio.get_running_loop().create_future()
+        self.inbox.put_nowait(PauseRequested(what, paused, done))
+        await done
 
     def _tick(self) -> None:
         self.inbox.put_nowait(Tick())
-        self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        self._tick_timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
-    async def _ask_driver(self) -> None:
-        """Where there are GPUs: what the driver calls free comes as a message, so that a plan asks nobody."""
-        specs = [worker.supervisor.device for worker in self.workers.values()]
-        while gpus := [spec for spec in specs if spec.torch_device.startswith("cuda")]:
+    async def _poll_gpu_memory(self) -> None:
+        """The driver's free-memory figures come as messages, so that planning does not wait for the driver."""
+        while gpus := [spec for spec in self.status.specs if spec.torch_device.startswith("cuda")]:
             self.inbox.put_nowait(GpuMemoryReport(await asyncio.to_thread(free_bytes, gpus)))
             await asyncio.sleep(TICK_S)
 
-    def _respawn_later(self, device: str, delay_s: float) -> None:
+    def _restart_later(self, device: str, delay_s: float) -> None:
         asyncio.get_running_loop().call_later(delay_s, self.inbox.put_nowait, RestartDue(device))
 
-    def _worker_said(self, device: str, event: protocol.Event) -> None:
+    def _on_worker_event(self, device: str, event: protocol.Event) -> None:
         self.inbox.put_nowait(WorkerEvent(device, event))
 
-    def _desk_said(self, said: RemoteJobEvent) -> None:
-        self.inbox.put_nowait(RemoteEvent(said))
-
-    def _fell(self, loop: asyncio.Task[None]) -> None:
-        """A bug, since nothing else ends the loop: say so to whoever asks, and take the queue up at the next start."""
-        if not loop.cancelled():
-            self.fallen = f"the dispatcher fell: {loop.exception()!r}"
-            log.critical("%s", self.fallen, exc_info=loop.exception())
-            self.watchers.tell_all(InternalError("The server is in trouble; its log says why."))
+    def _on_loop_error(self, task: asyncio.Task[None]) -> None:
+        """The run loop ends only by a bug: fail who waits; the queue is restored at the next start."""
+        if not task.cancelled():
+            self.loop_error = f"the dispatcher's run loop failed: {task.exception()!r}"
+            log.critical("%s", self.loop_error, exc_info=task.exception())
+            self.state.waiters.fail_all(InternalError("The server is in trouble; its log says why."))

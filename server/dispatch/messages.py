@@ -1,4 +1,4 @@
-"""What the dispatcher keeps of each worker, and the messages that it is sent."""
+"""Messages that the dispatcher's run loop receives."""
 
 import asyncio
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 from pipelines.base import Component, Weights
 from server.jobs.job import Job
-from server.remote import job
+from server.remote.job import RemoteJobEvent
 from server.scheduling.types import WaitingJob
 from server.workers import protocol
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedJob(WaitingJob):
-    """A waiting or running job with all that a worker must be told."""
+    """A waiting or running job with all that a worker needs to run it."""
 
     job: Job
     weights: Weights
@@ -26,9 +26,30 @@ class JobSubmitted:
 
 
 @dataclass(frozen=True)
+class RemoteJobSubmitted:
+    job: Job
+
+
+@dataclass(frozen=True)
 class CancelRequested:
     job_id: str
-    heard: asyncio.Future[None]
+    done: asyncio.Future[None]
+
+
+@dataclass(frozen=True)
+class PriorityRequested:
+    job_id: str
+    priority: int
+    done: asyncio.Future[None]
+
+
+@dataclass(frozen=True)
+class PauseRequested:
+    """The whole queue or a device starts nothing (`paused`) until it is resumed."""
+
+    what: str
+    paused: bool
+    done: asyncio.Future[None]
 
 
 @dataclass(frozen=True)
@@ -38,47 +59,28 @@ class WorkerEvent:
 
 
 @dataclass(frozen=True)
-class RestartDue:
-    device: str
-
-
-@dataclass(frozen=True)
-class RemoteJobSubmitted:
-    job: Job
-
-
-@dataclass(frozen=True)
 class RemoteEvent:
-    said: job.RemoteJobEvent
-
-
-@dataclass(frozen=True)
-class PriorityRequested:
-    job_id: str
-    priority: int
-    heard: asyncio.Future[None]
-
-
-@dataclass(frozen=True)
-class PauseRequested:
-    """`what` is the queue or a device: to start nothing until resumed."""
-
-    what: str
-    on: bool
-    heard: asyncio.Future[None]
+    event: RemoteJobEvent
 
 
 @dataclass(frozen=True)
 class GpuMemoryReport:
-    """By device, what its driver calls free."""
+    """What the driver calls free, by device."""
 
     free_bytes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
+class RestartDue:
+    """The back-off of a device whose worker crashed is over."""
+
+    device: str
+
+
+@dataclass(frozen=True)
 class Tick:
-    """Time has passed."""
+    """A second has passed."""
 
 
-Reply = CancelRequested | PriorityRequested | PauseRequested
-Message = JobSubmitted | RemoteJobSubmitted | Reply | WorkerEvent | RemoteEvent | GpuMemoryReport | RestartDue | Tick
+Request = CancelRequested | PriorityRequested | PauseRequested
+Message = JobSubmitted | RemoteJobSubmitted | Request | WorkerEvent | RemoteEvent | GpuMemoryReport | RestartDue | Tick

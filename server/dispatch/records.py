@@ -87,7 +87,7 @@ def record_attempt(
     now: float,
     *,
     budget_bytes: int,
-    then_fal: bool = False,
+    remote_next: bool = False,
 ) -> None:
     """A try ran out of memory, on a device of this budget; `following` is the next one here, None if there is none."""
     db.table("rung").insert(
@@ -96,7 +96,7 @@ def record_attempt(
             "model": model,
             "device": failed.device,
             "way": failed.way.name,
-            "next_device": following.device if following else FAL if then_fal else None,
+            "next_device": following.device if following else FAL if remote_next else None,
             "next_way": following.way.name if following else None,
             "failed_at": now,
             "budget_bytes": budget_bytes,

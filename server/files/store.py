@@ -62,6 +62,10 @@ class FileStore:
         """192 random bits in hex: safe in URLs, shells and file systems, even those that ignore case."""
         return well_formed(secrets.token_hex(24) + suffix)
 
+    def staging_path(self, name: str | None = None) -> Path:
+        """The absolute path at which a worker on this host reads or writes a file; the folder of all without a name."""
+        return (self.path(name) if name else self.root).absolute()
+
     def path(self, name: str) -> Path:
         """Where the file is, or would be. Raises `NotFound` for what is not a name of this folder."""
         return self.root / well_formed(name)

@@ -21,7 +21,7 @@ SUBMIT_UNKNOWN = {
 }
 
 
-def row_of(new: NewJob, now: float, promised_start_at: float | None) -> dict[str, Any]:
+def row_of(new: NewJob, now: float) -> dict[str, Any]:
     return {
         "id": new.id,
         "user_id": new.user_id,
@@ -39,7 +39,6 @@ def row_of(new: NewJob, now: float, promised_start_at: float | None) -> dict[str
         "remote_endpoint": new.remote_endpoint,
         "overflow": json.dumps(new.overflow) if new.overflow else None,
         "weight": new.weight,
-        "promised_start_at": promised_start_at,
         "weights": new.weights,
     }
 
@@ -57,12 +56,12 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self.database, self.db = database, database.db
 
-    def insert(self, new: NewJob, now: float, promised_start_at: float | None = None) -> tuple[Job, int]:
+    def insert(self, new: NewJob, now: float) -> tuple[Job, int]:
         """Claim the Idempotency-Key, take a slot of the plan, charge and queue: all in one transaction, or nothing.
 
         Returns the job and the balance. Raises KeyTaken, ConcurrencyLimit or InsufficientCredits, in this order.
         """
-        row = row_of(new, now, promised_start_at)
+        row = row_of(new, now)
         with self.database.atomic() as db:
             idempotency.claim(db, new, now)
             rate_limits.reserve_slot(db, new.user_id, new.at_once, now)
@@ -74,12 +73,13 @@ class JobStore:
                 self._add_file(name, new.user_id, "input", new.id, now)
         return self.job(new.id), balance
 
-    def start(self, job_id: str, device: str, now: float) -> Job | None:
-        """Queued → running. None if it is queued no more."""
+    def start(self, job_id: str, device: str, now: float, predicted_start_at: float | None = None) -> Job | None:
+        """Queued → running. None if it is queued no more. The prediction of its first start is kept."""
         return self._update_returning(
             "UPDATE job SET status = 'running', device = :device, served_by = 'local', started_at = :now,"
-            " attempts = attempts + 1 WHERE id = :id AND status = 'queued' RETURNING *",
-            {"id": job_id, "device": device, "now": now},
+            " attempts = attempts + 1, promised_start_at = coalesce(promised_start_at, :predicted)"
+            " WHERE id = :id AND status = 'queued' RETURNING *",
+            {"id": job_id, "device": device, "now": now, "predicted": predicted_start_at},
         )
 
     def start_remote(self, job_id: str, now: float) -> Job | None:

@@ -35,11 +35,12 @@ class RemoteRunner:
         storage: InputUploader | None,
         timing: RemoteTimeouts,
         clock: Clock,
+        emit: Callable[[RemoteJobEvent], None],
         why_not: str = "",
     ) -> None:
         self.catalog, self.collector, self.storage, self.why_not = catalog, collector, storage, why_not
         self.timing, self.clock = timing, clock
-        self.tell: Callable[[RemoteJobEvent], None] = lambda said: None
+        self.emit = emit
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.errands: dict[str, RemoteJob] = {}
         self.stopped = False
@@ -61,7 +62,7 @@ class RemoteRunner:
         try:
             errand = self._errand(job)
         except PlantainError as error:
-            return self.tell(RemoteJobFailed(job.id, error))
+            return self.emit(RemoteJobFailed(job.id, error))
         self.errands[job.id] = errand
         self.tasks[job.id] = asyncio.create_task(self._serve(job.id, errand), name=f"remote {job.id}")
         return None
@@ -92,20 +93,20 @@ class RemoteRunner:
             raise ModelNotFound(f"{unknown} It was taken out of the catalogue.", model=job.model) from unknown
         endpoint = self.catalog.endpoint(job.remote_endpoint or "")
         request = Request(storage.connection, model, endpoint, job.remote_request_id or "")
-        return RemoteJob(job, request, storage, self.collector, self.timing, self.clock, self.tell)
+        return RemoteJob(job, request, storage, self.collector, self.timing, self.clock, self.emit)
 
     async def _serve(self, job_id: str, errand: RemoteJob) -> None:
         """Run one job to what ends it."""
         try:
-            self.tell(RemoteSucceeded(job_id, await errand.run()))
+            self.emit(RemoteSucceeded(job_id, await errand.run()))
         except JobWasCancelled:
-            self.tell(Cancelled(job_id))
+            self.emit(Cancelled(job_id))
         except PlantainError as error:
             log.warning("job %s: %s: %s", job_id, error.code, error.message)
-            self.tell(RemoteJobFailed(job_id, error))
+            self.emit(RemoteJobFailed(job_id, error))
         except Exception as error:
             log.error("job %s", job_id, exc_info=error)
-            self.tell(RemoteJobFailed(job_id, InternalError("Something went wrong here; the server's log says what.")))
+            self.emit(RemoteJobFailed(job_id, InternalError("Something went wrong here; the server's log says what.")))
         del self.tasks[job_id], self.errands[job_id]
 
 
@@ -115,7 +116,12 @@ LOCAL_ONLY = "this server runs everything itself."
 
 
 def build_remote(
-    settings: Settings, catalog: Catalog, files: FileStore, clock: Clock, timing: RemoteTimeouts | None = None
+    settings: Settings,
+    catalog: Catalog,
+    files: FileStore,
+    clock: Clock,
+    emit: Callable[[RemoteJobEvent], None],
+    timing: RemoteTimeouts | None = None,
 ) -> RemoteRunner:
     """Without a key, or where the operator forbids it, nothing is ever sent."""
     guard = AddressGuard(settings.allowed_networks)
@@ -123,9 +129,9 @@ def build_remote(
     tls = httpx.create_ssl_context()
     collector = ResultDownloader(files, guard, tls, settings.pass_through_urls, timing.retry_s)
     if trouble := unavailable_reason(settings):
-        return RemoteRunner(catalog, collector, None, timing, clock, trouble)
+        return RemoteRunner(catalog, collector, None, timing, clock, emit, trouble)
     connection = Connection.open(settings.fal_key or "", settings.fal_queue_url, settings.fal_rest_url, tls)
-    return RemoteRunner(catalog, collector, InputUploader(connection, guard, tls), timing, clock)
+    return RemoteRunner(catalog, collector, InputUploader(connection, guard, tls), timing, clock, emit)
 
 
 def unavailable_reason(settings: Settings) -> str:

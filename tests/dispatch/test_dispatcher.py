@@ -13,15 +13,17 @@ import pytest
 from pipelines.base import Component, Weights
 from server.accounts import ledger, users
 from server.db.database import Database
-from server.dispatch.actions import START_TIMEOUT_S
+from server.dispatch import actions
 from server.dispatch.dispatcher import Dispatcher
 from server.dispatch.queue import JobQueue
 from server.dispatch.recovery import completed_run
+from server.dispatch.worker_state import START_TIMEOUT_S
 from server.errors import DoesNotFit, InsufficientCredits, QueueFull, Unavailable
 from server.files.store import FileStore
 from server.jobs.job import Job, NewJob
 from server.jobs.store import JobStore
 from server.model_registry import RunSpec
+from server.scheduling.estimates import PeakEstimates
 from server.scheduling.need import Need
 from server.workers import protocol
 from server.workers.devices import DeviceSpec
@@ -76,7 +78,7 @@ class Bench:
         ledger.grant(store.db, self.user, 90, "test", NOW)
 
     def worker(self, device: str = "gpu0") -> Recorder:
-        return self.dispatcher.workers[device].supervisor  # type: ignore[return-value]
+        return self.dispatcher.state.workers[device].supervisor  # type: ignore[return-value]
 
     async def submit(
         self,
@@ -87,7 +89,7 @@ class Bench:
         price: int = 1,
         user: str | None = None,
     ) -> str:
-        output = self.dispatcher.files.new_name(".png")
+        output = self.dispatcher.effects.files.new_name(".png")
         new = NewJob(
             f"j{number}", user or self.user, None, "image", model, "text-to-image", {"seed": 1}, 1, output, price
         )
@@ -116,7 +118,9 @@ def runnable(model: str, weights: int = 10, working: int = 5) -> RunSpec:
 @asynccontextmanager
 async def bench(tmp_path: Path, devices: int = 1, **options: Any) -> AsyncIterator[Bench]:
     store = JobStore(Database(tmp_path / "plantain.sqlite"))
-    shelf: Any = SimpleNamespace(families=list, runnable=lambda model, *_: runnable(model))
+    shelf: Any = SimpleNamespace(
+        families=list, runnable=lambda model, *_: runnable(model), peaks=PeakEstimates("cpu", [])
+    )
     budget_bytes = options.pop("budget_bytes", 25)
     specs = [DeviceSpec(f"gpu{n}", "GPU", "cpu", 4 * budget_bytes, budget_bytes) for n in range(devices)]
     spawn: Any = Recorder
@@ -158,11 +162,11 @@ async def test_a_job_waits_for_a_worker_and_runs_to_its_end(it: Bench):
     assert it.told() == ["j1"]
     it.worker().says(Progress("j1", "denoise", 1, 4))
     await it.settle()
-    assert it.dispatcher.progress["j1"].step == 1
+    assert it.dispatcher.status.progress["j1"].step == 1
     it.worker().says(Succeeded("j1", 8, 8, 0.5), Resident((("a", 10),)))
     job = await waiting
     assert (job.status, job.device, job.output) == ("succeeded", "gpu0", {"width": 8, "height": 8})
-    assert it.dispatcher.progress == {}
+    assert it.dispatcher.status.progress == {}
 
 
 @told()
@@ -172,8 +176,8 @@ async def test_one_job_at_a_time_on_a_device_the_oldest_first(it: Bench):
     it.worker().says(Ready())
     await it.settle()
     assert it.told() == ["j1"]
-    assert it.dispatcher.position("j3") == 2
-    assert it.dispatcher.reason("j3") == "needs 0.0 GiB; the CPU has 0.0 GiB in about 20 s"
+    assert it.dispatcher.status.position("j3") == 2
+    assert it.dispatcher.status.reason("j3") == "needs 0.0 GiB; the CPU has 0.0 GiB in about 20 s"
     it.worker().says(Succeeded("j1", 8, 8, 0.5))
     await it.settle()
     assert it.told() == ["j1", "j2"]
@@ -195,7 +199,7 @@ async def test_what_is_in_the_way_is_evicted_before_the_job_starts(it: Bench):
     await it.submit(1, "c")
     await it.settle()
     assert it.told() == [Evict("a"), "j1"]
-    assert it.dispatcher.workers["gpu0"].resident == (("b", 10), ("c", 10))
+    assert it.dispatcher.state.workers["gpu0"].resident == (("b", 10), ("c", 10))
 
 
 @told()
@@ -207,7 +211,7 @@ async def test_a_worker_that_dies_is_started_again_and_its_job_runs_once_more(it
     it.worker().says(Died(-9))
     await it.settle()
     assert it.worker().starts == 2
-    assert it.job(1).status == "queued" and it.dispatcher.position("j1") == 1
+    assert it.job(1).status == "queued" and it.dispatcher.status.position("j1") == 1
     it.worker().says(Ready())
     await it.settle()
     assert it.told() == ["j1", "j1"]
@@ -233,17 +237,17 @@ def test_a_worker_that_hangs_while_it_starts_is_killed_and_started_again(tmp_pat
     @told(clock=lambda: now[0])
     async def story(it: Bench) -> None:
         now[0] += START_TIMEOUT_S
-        it.dispatcher.floor.kill_the_hung()
+        actions.kill_stalled_workers(it.dispatcher.state, it.dispatcher.effects)
         await it.settle()
         assert it.worker().starts == 1, "not yet"
         now[0] += 1
-        it.dispatcher.floor.kill_the_hung()
+        actions.kill_stalled_workers(it.dispatcher.state, it.dispatcher.effects)
         await it.settle()
         assert it.worker().starts == 2
         it.worker().says(Ready())
         await it.settle()
         now[0] += 2 * START_TIMEOUT_S
-        it.dispatcher.floor.kill_the_hung()
+        actions.kill_stalled_workers(it.dispatcher.state, it.dispatcher.effects)
         await it.settle()
         assert it.worker().starts == 2 and it.dispatcher.ready
 
@@ -261,7 +265,7 @@ def test_who_has_had_how_much_is_known_after_a_restart(tmp_path: Path):
         now[0] += 30.0
         it.worker().says(Succeeded("j1", 8, 8, 30.0))
         await it.settle()
-        books.append((it.user, it.dispatcher.backlog.turns.shares))
+        books.append((it.user, it.dispatcher.state.queue.turns.shares))
 
     before(tmp_path)
     store = JobStore(Database(tmp_path / "plantain.sqlite"))
@@ -275,12 +279,12 @@ def test_who_has_had_how_much_is_known_after_a_restart(tmp_path: Path):
 @told()
 async def test_a_full_queue_at_fal_says_when_a_tenth_of_it_should_have_ended(it: Bench):
     await it.submit(1)
-    job, backlog = it.job(1), it.dispatcher.backlog
+    job, backlog = it.job(1), it.dispatcher.state.queue
     ran = replace(job, kind="video", started_at=NOW, finished_at=NOW + 60.0)
-    assert backlog.retry_remote_s([ran], NOW + 100.0) == 80, "a guess by kind: 180 s"
-    backlog.learn_remote(ran)
-    assert backlog.retry_remote_s([ran, *[replace(ran, started_at=NOW + 40.0)] * 9], NOW + 40.0) == 60
-    assert backlog.retry_remote_s([ran], NOW + 90.0) == 5, "overdue"
+    assert backlog.remote_retry_after_s([ran], NOW + 100.0) == 80, "a guess by kind: 180 s"
+    backlog.record_remote_duration(ran)
+    assert backlog.remote_retry_after_s([ran, *[replace(ran, started_at=NOW + 40.0)] * 9], NOW + 40.0) == 60
+    assert backlog.remote_retry_after_s([ran], NOW + 90.0) == 5, "overdue"
 
 
 @told()
@@ -389,12 +393,14 @@ def test_the_queue_outlives_the_server(tmp_path: Path):
 
     async def second() -> list[str]:
         store = JobStore(Database(tmp_path / "plantain.sqlite"))
-        shelf: Any = SimpleNamespace(families=list, runnable=lambda model, *_: runnable(model))
+        shelf: Any = SimpleNamespace(
+            families=list, runnable=lambda model, *_: runnable(model), peaks=PeakEstimates("cpu", [])
+        )
         spec = DeviceSpec("gpu0", "GPU", "cpu", 100, 25)
         spawn: Any = Recorder
         dispatcher = Dispatcher(store, FileStore(tmp_path / "files"), shelf, [spec], spawn=spawn)
         await dispatcher.start()
-        found = list(dispatcher.queue)
+        found = list(dispatcher.status.queue)
         await dispatcher.stop()
         store.database.close()
         return found

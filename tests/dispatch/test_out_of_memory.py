@@ -22,7 +22,7 @@ def phased(model: str) -> RunSpec:
 
 
 async def submit(it: Bench) -> None:
-    output = it.dispatcher.files.new_name(".png")
+    output = it.dispatcher.effects.files.new_name(".png")
     new = job.NewJob("j1", it.user, None, "image", "a", "text-to-image", {}, 1, output, 1)
     await it.dispatcher.submit(new, phased("a"))
     await it.settle()
@@ -65,7 +65,7 @@ async def test_it_goes_down_on_one_device_and_then_to_the_other_and_no_try_is_an
 @told()
 async def test_jobs_like_it_begin_where_a_job_ended_well(it: Bench):
     await run_out(it, 2)
-    peaks = it.dispatcher.memory.peaks
+    peaks = it.dispatcher.state.memory.peaks
     assert peaks.of("a") == []
     it.worker("gpu0").says(Succeeded("j1", 8, 8, 0.1, peaks=(Peak("decode", 2, 2, 10),)))
     await it.settle()

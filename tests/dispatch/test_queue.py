@@ -31,9 +31,9 @@ async def tick(it: Bench) -> None:
 
 
 def seconds_until_start(it: Bench, job_id: str) -> float | None:
-    place = it.dispatcher.place(job_id)
+    place = it.dispatcher.status.place(job_id)
     assert place
-    return None if place.start_at is None else round(place.start_at - it.dispatcher.clock(), 3)
+    return None if place.start_at is None else round(place.start_at - it.dispatcher.effects.clock(), 3)
 
 
 @told()
@@ -42,11 +42,11 @@ async def test_every_job_has_its_place_its_reason_and_its_expected_start(it: Ben
     for number in (1, 2, 3):
         await it.submit(number)
     await it.settle()
-    assert it.dispatcher.place("j1") is None, "it runs"
-    assert it.dispatcher.seconds_left("j1") == pytest.approx(10.0, abs=0.1), "nobody knows yet; images take 10 s"
-    assert (it.dispatcher.position("j2"), seconds_until_start(it, "j2")) == (1, pytest.approx(10.0, abs=0.1))
-    assert (it.dispatcher.position("j3"), seconds_until_start(it, "j3")) == (2, pytest.approx(20.0, abs=0.1))
-    assert it.dispatcher.reason("j3") == "needs 0.0 GiB; the CPU has 0.0 GiB in about 20 s"
+    assert it.dispatcher.status.place("j1") is None, "it runs"
+    assert it.dispatcher.status.seconds_left("j1") == pytest.approx(10.0, abs=0.1), "nobody knows yet; images take 10 s"
+    assert (it.dispatcher.status.position("j2"), seconds_until_start(it, "j2")) == (1, pytest.approx(10.0, abs=0.1))
+    assert (it.dispatcher.status.position("j3"), seconds_until_start(it, "j3")) == (2, pytest.approx(20.0, abs=0.1))
+    assert it.dispatcher.status.reason("j3") == "needs 0.0 GiB; the CPU has 0.0 GiB in about 20 s"
 
 
 @told()
@@ -61,7 +61,7 @@ async def test_how_long_jobs_take_is_learned_and_outlives_the_server(it: Bench):
     assert seconds_until_start(it, "j3") == pytest.approx(2.0, abs=0.1), "those that wait are told"
     it.worker().says(Succeeded("j2", 8, 8, 4.0))
     await it.settle()
-    assert it.dispatcher.seconds_left("j3") == pytest.approx(2.6, abs=0.1)
+    assert it.dispatcher.status.seconds_left("j3") == pytest.approx(2.6, abs=0.1)
     (timing,) = it.store.db.query("SELECT * FROM timing")
     assert (timing["model"], timing["runs"], round(timing["run_s"], 2)) == ("a", 2, 2.6)
 
@@ -139,30 +139,30 @@ async def test_a_database_locked_by_another_process_holds_the_queue_up_and_loses
     await it.submit(1)
     await it.settle()
     it.store.db.execute("PRAGMA busy_timeout = 20")
-    other = sqlite3.connect(it.dispatcher.files.root.parent / "plantain.sqlite")
+    other = sqlite3.connect(it.dispatcher.effects.files.root.parent / "plantain.sqlite")
     other.execute("BEGIN IMMEDIATE")
     it.worker().says(Succeeded("j1", 8, 8, 1.0))
     await asyncio.sleep(0.2)
-    assert it.dispatcher.trouble == "the database cannot be written: database is locked"
+    assert it.dispatcher.unhealthy_reason == "the database cannot be written: database is locked"
     assert not it.dispatcher.ready
     with pytest.raises(sqlite3.OperationalError, match="locked"):
         await it.submit(2)
     other.close()
     assert (await asyncio.wait_for(it.dispatcher.wait("j1"), 5)).status == "succeeded"
     await it.settle()
-    assert (it.dispatcher.trouble, ledger.balance(it.store.db, it.user)) == (None, 99)
+    assert (it.dispatcher.unhealthy_reason, ledger.balance(it.store.db, it.user)) == (None, 99)
 
 
 @told()
 async def test_a_paused_queue_takes_jobs_and_starts_none(it: Bench):
-    await it.dispatcher.halt(WHOLE_QUEUE, True)
+    await it.dispatcher.pause_queue()
     it.worker().says(Ready())
     await it.submit(1)
     await it.settle()
     assert it.told() == []
-    assert it.dispatcher.reason("j1") == "the queue is paused"
+    assert it.dispatcher.status.reason("j1") == "the queue is paused"
     assert it.store.paused() == {WHOLE_QUEUE}, "restarts or not"
-    await it.dispatcher.halt(WHOLE_QUEUE, False)
+    await it.dispatcher.resume_queue()
     await it.settle()
     assert it.told() == ["j1"]
 
@@ -172,7 +172,7 @@ async def test_a_drained_device_ends_what_it_runs_and_starts_nothing(it: Bench):
     it.worker("gpu0").says(Ready())
     await it.submit(1)
     await it.settle()
-    await it.dispatcher.halt("gpu0", True)
+    await it.dispatcher.drain_device("gpu0")
     await it.submit(2)
     it.worker("gpu0").says(Succeeded("j1", 8, 8, 1.0))
     await it.settle()
@@ -187,8 +187,8 @@ async def test_an_admin_moves_a_job_to_the_front(it: Bench):
     for number in (1, 2, 3):
         await it.submit(number)
     await it.settle()
-    assert (await it.dispatcher.prioritise("j3", 1)).priority == 1
-    assert [it.dispatcher.position(f"j{number}") for number in (1, 2, 3)] == [2, 3, 1]
+    assert (await it.dispatcher.set_priority("j3", 1)).priority == 1
+    assert [it.dispatcher.status.position(f"j{number}") for number in (1, 2, 3)] == [2, 3, 1]
     it.worker().says(Ready())
     await it.settle()
     assert it.told() == ["j3"]
@@ -241,7 +241,7 @@ async def test_a_leaving_server_ends_what_runs_and_keeps_what_waits(it: Bench):
     await it.settle()
     waiting = asyncio.create_task(it.dispatcher.wait("j2"))
     await it.settle()
-    leaving = asyncio.create_task(it.dispatcher.leave(60.0))
+    leaving = asyncio.create_task(it.dispatcher.drain(60.0))
     await it.settle()
     with pytest.raises(Unavailable):
         await waiting
@@ -259,6 +259,6 @@ async def test_the_patience_of_a_leaving_server_ends(it: Bench):
     it.worker().says(Ready())
     await it.submit(1)
     await it.settle()
-    await it.dispatcher.leave(0.05)
+    await it.dispatcher.drain(0.05)
     await it.dispatcher.stop()
     assert (it.job(1).status, it.job(1).attempts) == ("queued", 0)

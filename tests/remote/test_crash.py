@@ -21,7 +21,7 @@ import uvicorn
 from server import services
 from server.app import create_app
 from server.settings import Settings, from_environment
-made = services.make(Settings(**from_environment()), devices=[])
+made = services.build_services(Settings(**from_environment()), devices=[])
 print(made.first_key, flush=True)
 uvicorn.run(create_app(made), port=int(sys.argv[1]), log_level="warning")
 """

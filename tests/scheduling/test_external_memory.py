@@ -112,11 +112,11 @@ async def test_a_job_waits_until_the_other_program_is_gone(it: Bench):
         says(it, free * GIB)
         await it.settle()
         CLOCK[0] += MORE_AFTER_S
-    assert it.dispatcher.devices[0].budget_bytes == 8 * GIB
+    assert it.dispatcher.state.devices[0].budget_bytes == 8 * GIB
     await it.submit(1, weights=10 * GIB)
     await it.settle()
     assert it.told() == []
-    assert it.dispatcher.reason("j1") == "needs 10.0 GiB; other programs have 12.0 GiB of the CPU"
+    assert it.dispatcher.status.reason("j1") == "needs 10.0 GiB; other programs have 12.0 GiB of the CPU"
     for _ in range(2):
         says(it, 22 * GIB)
         await it.settle()
@@ -140,12 +140,12 @@ async def test_what_a_job_takes_while_it_runs_is_not_taken_for_another_programs(
         says(it, 0)  # the worker's allocator has not given its memory back yet
         CLOCK[0] += 5
         await it.settle()
-    assert it.dispatcher.devices[0].others_bytes == 0
+    assert it.dispatcher.state.devices[0].others_bytes == 0
     it.worker().says(Resident((("a", 10 * GIB),)))
     for _ in range(4):
         says(it, 12 * GIB)
         CLOCK[0] += 5
         await it.settle()
-    assert it.dispatcher.devices[0].others_bytes == 0
-    state = it.dispatcher.state(it.dispatcher.workers["gpu0"])
+    assert it.dispatcher.state.devices[0].others_bytes == 0
+    state = it.dispatcher.status.device(it.dispatcher.state.workers["gpu0"])
     assert (state["budgetBytes"], state["othersBytes"]) == (20 * GIB, 0)

@@ -46,7 +46,7 @@ async def serve(folder: Path, finish: bool) -> None:
     await dispatcher.start()
     (folder / "up").touch()
     if finish:
-        while dispatcher.queue or any(worker.runs for worker in dispatcher.workers.values()):  # noqa: ASYNC110
+        while dispatcher.status.queue or any(worker.job for worker in dispatcher.state.workers.values()):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         await dispatcher.stop()
         files.sweep(await store.database.call(store.file_names), older_than_s=0)
@@ -59,10 +59,10 @@ async def ask(dispatcher: Dispatcher, user_id: str, journal: Path) -> None:
     """Write down every job that was answered for, as a client would remember it."""
     with journal.open("a") as accepted:
         for number in numbers():
-            while len(dispatcher.queue) >= MOST_WAITING:  # noqa: ASYNC110
+            while len(dispatcher.status.queue) >= MOST_WAITING:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
             prompt = random.choice(["work", "work", "work", "fail"])
-            output = dispatcher.files.new_name(".png")
+            output = dispatcher.effects.files.new_name(".png")
             new = NewJob(number, user_id, None, "image", "light", "text-to-image", {"prompt": prompt}, 1, output, 3)
             await dispatcher.submit(new, RUNNABLE)
             accepted.write(f"{number}\n")

@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -10,13 +11,13 @@ from server import services
 from server.app import create_app
 from server.cli.serve import GracefulServer
 from server.workers.supervisor import Supervisor
-from tests.support.app import CPU, furnish
+from tests.support.app import CPU, install_test_models
 
 
 def main(folder: Path, patience_s: float) -> None:
-    made = services.build_services(furnish(folder), [CPU])
-    for worker in made.dispatcher.workers.values():
-        worker.supervisor = Supervisor(CPU, [], made.dispatcher._worker_said, module="tests.support.stub_worker")
+    made = services.build_services(
+        install_test_models(folder), [CPU], spawn=partial(Supervisor, module="tests.support.stub_worker")
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], made.first_key, flush=True)
     config = uvicorn.Config(create_app(made), log_level="warning", timeout_graceful_shutdown=10)

@@ -90,8 +90,8 @@ async def prioritise(
 
 
 async def _prioritise(services: Services, caller: Caller, job_id: str, priority: int) -> JSONResponse:
-    if job_id not in services.dispatcher.queue:
+    if job_id not in services.dispatcher.status.queue:
         raise NotFound(f"No job {job_id!r} waits here.")
-    job = await services.dispatcher.prioritise(job_id, priority)
+    job = await services.dispatcher.set_priority(job_id, priority)
     await _note(services, caller, "jobs.priority", job_id, priority=priority)
     return JSONResponse({"id": job.id, "status": job.status, "priority": job.priority})

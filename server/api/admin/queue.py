@@ -1,5 +1,4 @@
-"""Running the server: the queue as it stands, pausing it, taking devices out, and who goes first."""
-# FROM server.api.devices: What each device has: its budget, the components on it and in host memory, what it runs, what had to go or failed.
+"""Admin routes: the queue and the devices, pausing the one and draining the others."""
 
 from typing import Any
 
@@ -8,8 +7,8 @@ from fastapi.responses import JSONResponse
 
 from server.accounts.users import Caller
 from server.api.dependencies import Admin, ServicesDep, _note
-from server.dispatch.queue import WHOLE_QUEUE
-from server.dispatch.status import with_models
+from server.dispatch import status
+from server.dispatch.worker_state import WorkerState
 from server.errors import NotFound
 from server.jobs import store
 from server.services import Services
@@ -17,79 +16,91 @@ from server.timestamps import iso, iso_or_none
 
 router = APIRouter(prefix="/api/admin")
 
+MAX_JOBS_SHOWN = 200
+
 
 @router.get("/devices")
 async def list_devices(_: Admin, services: ServicesDep) -> JSONResponse:
-    dispatcher, models = services.dispatcher, services.registry.users()
+    """Each device with its budget, components, job, prefetch, evictions and out-of-memory attempts."""
+    view, models = services.dispatcher.status, services.registry.users()
     devices: list[dict[str, Any]] = []
-    for worker in dispatcher.workers.values():
-        rungs = await services.database.call(dispatcher.memory.rungs, worker.id)
-        devices.append({**with_models(dispatcher.state(worker), models), "rungs": rungs})
+    for worker in view.workers.values():
+        attempts = await services.database.run(status.oom_attempts, worker.id)
+        devices.append({**status.with_models(view.device(worker), models), "oomAttempts": attempts})
     return JSONResponse({"devices": devices})
-
-
-SHOWN = 200
 
 
 @router.get("/queue")
 async def read_queue(_: Admin, services: ServicesDep) -> JSONResponse:
-    """The next jobs, the devices, and how well expected starts were kept."""
-    dispatcher = services.dispatcher
-    places = {job_id: place for job_id in dispatcher.queue if (place := dispatcher.place(job_id))}
-    nearest = sorted(places, key=lambda job_id: places[job_id].position)[:SHOWN]
+    """The next jobs, the devices, and the error of predicted starts."""
+    view = services.dispatcher.status
+    positions = {job_id: position for job_id in view.queue if (position := view.position(job_id))}
     return JSONResponse(
         {
-            "paused": WHOLE_QUEUE in dispatcher.backlog.halted,
-            "waiting": len(dispatcher.queue),
-            "jobs": [_waiting(services, job_id) for job_id in nearest],
-            "devices": [
-                {
-                    "id": worker.id,
-                    "status": worker.status,
-                    "drained": worker.halted,
-                    "jobId": worker.runs.job_id if worker.runs else None,
-                    "userId": worker.runs.user_id if worker.runs else None,
-                    "secondsLeft": dispatcher.seconds_left(worker.runs.job_id) if worker.runs else None,
-                }
-                for worker in dispatcher.workers.values()
+            "paused": view.queue_is_paused,
+            "waiting": len(view.queue),
+            "jobs": [
+                _waiting(services, job_id) for job_id in sorted(positions, key=positions.__getitem__)[:MAX_JOBS_SHOWN]
             ],
-            "promises": await services.database.run(store.start_prediction_error),
+            "devices": [_device(services, worker) for worker in view.workers.values()],
+            "startPredictionError": await services.database.run(store.start_prediction_error),
         }
     )
 
 
 @router.post("/queue/pause")
 async def pause(caller: Admin, services: ServicesDep) -> JSONResponse:
-    """Nothing starts until it is resumed, restarts or not. What runs, runs on; new jobs are taken."""
-    return await _halt(services, caller, WHOLE_QUEUE, True, "queue.pause")
+    """Nothing starts until the queue is resumed, restarts included. Running jobs finish; new jobs are accepted."""
+    await services.dispatcher.pause_queue()
+    return await _paused(services, caller, "queue", "queue.pause")
 
 
 @router.post("/queue/resume")
 async def resume(caller: Admin, services: ServicesDep) -> JSONResponse:
-    return await _halt(services, caller, WHOLE_QUEUE, False, "queue.resume")
+    await services.dispatcher.resume_queue()
+    return await _paused(services, caller, "queue", "queue.resume")
 
 
 @router.post("/devices/{device}/drain")
 async def drain(device: str, caller: Admin, services: ServicesDep) -> JSONResponse:
-    """The device ends what it runs and starts nothing more, until it is resumed."""
-    return await _halt(services, caller, device, True, "devices.drain")
+    """The device finishes its job and starts nothing until it is resumed."""
+    _check_device(services, device)
+    await services.dispatcher.drain_device(device)
+    return await _paused(services, caller, device, "devices.drain")
 
 
 @router.post("/devices/{device}/resume")
 async def resume_device(device: str, caller: Admin, services: ServicesDep) -> JSONResponse:
-    return await _halt(services, caller, device, False, "devices.resume")
+    _check_device(services, device)
+    await services.dispatcher.resume_device(device)
+    return await _paused(services, caller, device, "devices.resume")
 
 
-async def _halt(services: Services, caller: Caller, what: str, on: bool, act: str) -> JSONResponse:
-    if what != WHOLE_QUEUE and what not in services.dispatcher.workers:
-        raise NotFound(f"There is no device {what!r}; there are {', '.join(services.dispatcher.workers)}.")
-    await services.dispatcher.halt(what, on)
+async def _paused(services: Services, caller: Caller, what: str, act: str) -> JSONResponse:
     await _note(services, caller, act, what)
-    return JSONResponse({"halted": sorted(services.dispatcher.backlog.halted)})
+    return JSONResponse({"halted": sorted(services.dispatcher.status.paused)})
+
+
+def _check_device(services: Services, device: str) -> None:
+    workers = services.dispatcher.status.workers
+    if device not in workers:
+        raise NotFound(f"There is no device {device!r}; there are {', '.join(workers)}.")
+
+
+def _device(services: Services, worker: WorkerState) -> dict[str, Any]:
+    return {
+        "id": worker.id,
+        "status": worker.status,
+        "drained": worker.draining,
+        "jobId": worker.job.job_id if worker.job else None,
+        "userId": worker.job.user_id if worker.job else None,
+        "secondsLeft": services.dispatcher.status.seconds_left(worker.job.job_id) if worker.job else None,
+    }
 
 
 def _waiting(services: Services, job_id: str) -> dict[str, Any]:
-    queued, place = services.dispatcher.queue[job_id], services.dispatcher.place(job_id)
+    view = services.dispatcher.status
+    queued, place = view.queue[job_id], view.place(job_id)
     return {
         "id": job_id,
         "userId": queued.user_id,
@@ -98,7 +109,7 @@ def _waiting(services: Services, job_id: str) -> dict[str, Any]:
         "priority": queued.priority,
         "createdAt": iso(queued.created_at),
         "position": place and place.position,
-        "reason": services.dispatcher.reason(job_id),
+        "reason": view.reason(job_id),
         "expectedStartAt": iso_or_none(place.start_at if place else None),
         "expectedSeconds": round(queued.expected_s, 2),
     }
