@@ -7,13 +7,13 @@ import torch
 
 from server.settings import Settings
 from tests.support.fal import FakeFal
-from tests.support.server import House, furnish, running
+from tests.support.server import LiveServer, install_test_models, running
 
 
 @pytest.fixture(scope="session")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def installed_models(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Installed weights that tests share; a test that serves gets a data folder of its own beside them."""
-    return furnish(tmp_path_factory.mktemp("house"))
+    return install_test_models(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def house(furnished: Settings) -> Iterator[House]:
+def live_server(installed_models: Settings) -> Iterator[LiveServer]:
     """One server for all tests that do not harm it: its worker takes seconds to start."""
-    with running(furnished) as it:
-        it.until(lambda: it.client.get("/readyz").is_success)
-        yield it
+    with running(installed_models) as server:
+        server.until(lambda: server.client.get("/readyz").is_success)
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from pipelines.catalog.reader import load_catalog
 from server.errors import PlantainError, _tree
 from server.settings import PROJECT, Settings, from_environment
-from tests.support.server import House
+from tests.support.server import LiveServer
 
 README = (PROJECT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in (PROJECT / "docs").glob("*.md")}
@@ -29,9 +29,9 @@ def test_settings_are_read_from_the_environment():
         from_environment({"PLANTAIN_OFFLINE": "perhaps"})
 
 
-def test_every_route_is_in_the_docs(house: House):
+def test_every_route_is_in_the_docs(live_server: LiveServer):
     text = "".join(DOCS.values())
-    for path, operations in house.read("/api/openapi.json")["paths"].items():
+    for path, operations in live_server.read("/api/openapi.json")["paths"].items():
         for method in operations:
             assert f"`{method.upper()} {path}`" in text, (method, path)
 
@@ -53,14 +53,14 @@ def test_the_readme_shows_the_two_commands_first():
         assert os.access(PROJECT / "scripts" / script, os.X_OK)
 
 
-def test_the_readmes_calls_work_as_they_stand(house: House):
+def test_the_readmes_calls_work_as_they_stand(live_server: LiveServer):
     """All of its `curl` lines, pasted into one shell, against a server with other weights under the same names."""
     blocks = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "curl" in block]
     assert len(blocks) == 4
     script = "set -e\n" + "\necho\n".join(blocks).replace("export PLANTAIN_KEY=bnp_...", "")
-    script = script.replace("localhost:8000", str(house.client.base_url).removeprefix("http://").rstrip("/"))
+    script = script.replace("localhost:8000", str(live_server.client.base_url).removeprefix("http://").rstrip("/"))
     script = script.replace(', \\"model\\": \\"realesr-animevideov3\\"', "")
-    environment = {**os.environ, "PLANTAIN_KEY": house.key}
+    environment = {**os.environ, "PLANTAIN_KEY": live_server.key}
     told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, cwd=PROJECT)
     assert told.returncode == 0, told.stderr
     answers = told.stdout.split()

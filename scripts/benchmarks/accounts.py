@@ -22,7 +22,7 @@ from server.accounts.plans import Plans
 from server.db.database import Database
 from server.jobs.store import JobStore
 from server.settings import Settings
-from tests.support.app import GENERATE, furnish
+from tests.support.app import GENERATE, install_test_models
 
 CLIENTS = 100
 CHARGES, COVERED = 200, 50
@@ -42,7 +42,7 @@ def main() -> None:
 
 def report(seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        settings = furnish(Path(folder))
+        settings = install_test_models(Path(folder))
         key = make_user(settings)
         report_check(settings, key)
         report_calls(Path(folder), key, seconds)
@@ -91,7 +91,7 @@ def serve(folder: Path, descriptor: int) -> None:
     """The app of the tests, whose workers end each job at once."""
     import uvicorn
 
-    from tests.support.app import Clock, front
+    from tests.support.app import Clock, serve_app
 
     class Now(Clock):
         def __call__(self) -> float:
@@ -99,8 +99,8 @@ def serve(folder: Path, descriptor: int) -> None:
 
     async def run() -> None:
         settings = Settings(data=folder / "data", weights_toml=folder / "weights.toml")
-        async with front(settings, Now()) as it:
-            config = uvicorn.Config(it.app, log_level="warning", lifespan="off")
+        async with serve_app(settings, Now()) as app:
+            config = uvicorn.Config(app.asgi, log_level="warning", lifespan="off")
             gc.collect()
             gc.freeze()  # as `plantain serve` does
             await uvicorn.Server(config).serve([socket.socket(fileno=descriptor)])

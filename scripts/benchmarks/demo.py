@@ -15,7 +15,7 @@ from typing import Any
 from scripts.demo.evaluation import picture_of
 from scripts.demo.scenes import Scene, draw_still
 from server.settings import Settings
-from tests.support.server import GENERATE, House, data_url, running
+from tests.support.server import GENERATE, LiveServer, data_url, running
 
 PROMPT = "a large red circle on a blue background"
 VIDEO = "/api/video/fal/generate"
@@ -34,9 +34,9 @@ def calls() -> dict[str, tuple[str, dict[str, Any], float]]:
     }
 
 
-def took_s(house: House, route: str, body: dict[str, Any], seed: int) -> float:
+def took_s(live_server: LiveServer, route: str, body: dict[str, Any], seed: int) -> float:
     start = time.perf_counter()
-    answer = house.ask(route, body | {"seed": seed})
+    answer = live_server.ask(route, body | {"seed": seed})
     answer.raise_for_status()
     if answer.headers["x-weights"] != "demo":
         raise SystemExit(f"{body['model']} did not run on demo weights")
@@ -47,10 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=10, help="after the first one, of each")
     count = parser.parse_args().calls
-    with tempfile.TemporaryDirectory() as data, running(replace(Settings(), data=Path(data))) as house:
-        house.until(lambda: house.client.get("/readyz").is_success)
+    with tempfile.TemporaryDirectory() as data, running(replace(Settings(), data=Path(data))) as live_server:
+        live_server.until(lambda: live_server.client.get("/readyz").is_success)
         for name, (route, body, aim_s) in calls().items():
-            first_s, *later_s = (took_s(house, route, body, seed) for seed in range(count + 1))
+            first_s, *later_s = (took_s(live_server, route, body, seed) for seed in range(count + 1))
             middle_s = statistics.median(later_s)
             print(f"{name:<26} {middle_s:5.2f} s, {middle_s / aim_s:.2f} of the aim ({aim_s:.0f} s); "
                   f"slowest {max(later_s):.2f} s, first call {first_s:.2f} s", flush=True)  # fmt: skip

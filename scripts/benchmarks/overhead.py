@@ -17,7 +17,7 @@ from pipelines.catalog.reader import load_catalog
 from pipelines.params import TextToImage
 from pipelines.residency.residency import Residency
 from pipelines.weights.installed import Installed
-from tests.support.server import GENERATE, House, furnish, running
+from tests.support.server import GENERATE, LiveServer, install_test_models, running
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; the worker inherits it
 
@@ -27,16 +27,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40)
     pairs = parser.parse_args().pairs
     with tempfile.TemporaryDirectory() as folder:
-        settings = furnish(Path(folder))
+        settings = install_test_models(Path(folder))
         model = load_catalog(settings.weights_toml).models["flux-schnell"]
         weights = Installed(settings.weights).weights(model)
         assert weights
         pipeline = flux.build(weights, Residency("cpu"))
-        with running(settings) as house:
-            house.until(lambda: house.client.get("/readyz").is_success)
+        with running(settings) as live_server:
+            live_server.until(lambda: live_server.client.get("/readyz").is_success)
             for seed in range(3):
-                bare_s(pipeline, seed), served_s(house, seed)
-            times = [(bare_s(pipeline, seed), served_s(house, seed)) for seed in range(pairs)]
+                bare_s(pipeline, seed), served_s(live_server, seed)
+            times = [(bare_s(pipeline, seed), served_s(live_server, seed)) for seed in range(pairs)]
     report(times)
 
 
@@ -47,9 +47,9 @@ def bare_s(pipeline: flux.Flux, seed: int) -> float:
     return time.perf_counter() - start
 
 
-def served_s(house: House, seed: int) -> float:
+def served_s(live_server: LiveServer, seed: int) -> float:
     start = time.perf_counter()
-    answer = house.ask(GENERATE, {"prompt": "a red circle", "model": "flux-schnell", "seed": seed})
+    answer = live_server.ask(GENERATE, {"prompt": "a red circle", "model": "flux-schnell", "seed": seed})
     answer.raise_for_status()
     return time.perf_counter() - start
 

@@ -15,47 +15,47 @@ from server.accounts.rate_limits import KeyLimit
 from server.db.database import Database
 from server.errors import RateLimited, UsageExceeded
 from server.jobs.store import JobStore
-from tests.support.app import GENERATE, NOW, Front, front, furnish, told
+from tests.support.app import GENERATE, NOW, InProcessApp, app_test, install_test_models, serve_app
 
 
 def codes(answers: list[httpx.Response]) -> Counter[str]:
     return Counter("ok" if answer.is_success else answer.json()["code"] for answer in answers)
 
 
-@told()
-async def test_of_200_calls_at_once_exactly_as_many_pass_as_the_plan_allows(it: Front):
-    ada = it.someone(plan="pro", credits=1000)
+@app_test()
+async def test_of_200_calls_at_once_exactly_as_many_pass_as_the_plan_allows(app: InProcessApp):
+    ada = app.create_user(plan="pro", credits=1000)
     bodies = [ada.ask(GENERATE, {"model": "plain"}) for _ in range(200)]  # no prompt: counted, and then refused
     assert codes(await asyncio.gather(*bodies)) == {"VALIDATION_ERROR": 60, "RATE_LIMITED": 140}
 
 
-@told()
-async def test_more_keys_give_no_more(it: Front):
-    ada = it.someone(plan="free", credits=100)
-    second = it.with_key(ada.id)
+@app_test()
+async def test_more_keys_give_no_more(app: InProcessApp):
+    ada = app.create_user(plan="free", credits=100)
+    second = app.add_key(ada.id)
     answers = [await who.make() for who in (ada, second, ada, second, ada, second, ada)]
     assert codes(answers) == {"ok": 5, "RATE_LIMITED": 2}
-    assert (await it.someone("bob", plan="free").make()).status_code == 200, "each user has a minute of their own"
+    assert (await app.create_user("bob", plan="free").make()).status_code == 200, "each user has a minute of their own"
 
 
-@told()
-async def test_the_window_moves(it: Front):
-    ada = it.someone(plan="free", credits=100)
+@app_test()
+async def test_the_window_moves(app: InProcessApp):
+    ada = app.create_user(plan="free", credits=100)
     for second in range(5):
-        it.clock.now = NOW + 10 * second
+        app.clock.now = NOW + 10 * second
         assert (await ada.make()).status_code == 200
     refused = await ada.make()
     assert refused.status_code == 429 and refused.headers["Retry-After"] == "20"
-    it.clock.now = NOW + 59.9
+    app.clock.now = NOW + 59.9
     assert (await ada.make()).status_code == 429
-    it.clock.now = NOW + 60
+    app.clock.now = NOW + 60
     assert (await ada.make()).status_code == 200
     assert (await ada.make()).headers["Retry-After"] == "10"
 
 
-@told()
-async def test_looking_and_cancelling_are_not_counted(it: Front):
-    ada = it.someone(plan="free", credits=100)
+@app_test()
+async def test_looking_and_cancelling_are_not_counted(app: InProcessApp):
+    ada = app.create_user(plan="free", credits=100)
     job = (await ada.make("hold", Prefer="respond-async")).json()
     for _ in range(10):
         assert (await ada.call("GET", f"/api/jobs/{job['id']}")).status_code == 200
@@ -64,16 +64,16 @@ async def test_looking_and_cancelling_are_not_counted(it: Front):
     assert codes([await ada.make() for _ in range(5)]) == {"ok": 4, "RATE_LIMITED": 1}
 
 
-@told()
-async def test_every_answer_says_how_much_is_left(it: Front):
-    ada = it.someone(plan="basic", credits=100)
+@app_test()
+async def test_every_answer_says_how_much_is_left(app: InProcessApp):
+    ada = app.create_user(plan="basic", credits=100)
     answer = await ada.make()
     assert answer.headers["RateLimit-Policy"] == '"minute";q=15;w=60, "concurrent";q=3;qu="concurrent-requests"'
     assert answer.headers["RateLimit"] == '"minute";r=14;t=60, "concurrent";r=3'
     assert answer.headers["X-RateLimit-Limit"] == "15"
     assert answer.headers["X-RateLimit-Remaining"] == "14"
     assert answer.headers["X-RateLimit-Reset"] == str(int(NOW + 60))
-    it.clock.now += 18
+    app.clock.now += 18
     refused = await ada.make(model="nothing")
     assert refused.status_code == 404
     assert refused.headers["RateLimit"] == '"minute";r=13;t=42, "concurrent";r=3'
@@ -82,12 +82,12 @@ async def test_every_answer_says_how_much_is_left(it: Front):
     assert running.headers["RateLimit"] == '"minute";r=12;t=42, "concurrent";r=2'
 
 
-@told()
-async def test_over_the_minute(it: Front):
-    ada = it.someone(plan="free", credits=100)
+@app_test()
+async def test_over_the_minute(app: InProcessApp):
+    ada = app.create_user(plan="free", credits=100)
     for _ in range(5):
         await ada.make()
-    it.clock.now += 18
+    app.clock.now += 18
     refused = await ada.make()
     assert refused.status_code == 429
     body = refused.json()
@@ -100,48 +100,48 @@ async def test_over_the_minute(it: Front):
     assert await ada.balance() == 105, "a refused call costs nothing"
 
 
-@told()
-async def test_over_the_jobs_at_once(it: Front):
-    ada = it.someone(plan="basic", credits=100)
+@app_test()
+async def test_over_the_jobs_at_once(app: InProcessApp):
+    ada = app.create_user(plan="basic", credits=100)
     answers = await asyncio.gather(*(ada.make("hold", Prefer="respond-async") for _ in range(15)))
     assert codes(list(answers)) == {"ok": 3, "CONCURRENCY_LIMIT": 12}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.json()["violated-policies"] == ["concurrent"] and refused.json()["limit"] == 3
     assert refused.headers["Retry-After"] == "1" and refused.headers["RateLimit"].endswith('"concurrent";r=0')
-    assert len(it.rows("SELECT * FROM ledger WHERE kind = 'charge'")) == 3
-    it.release()
-    await it.settle()
-    it.clock.now += 60
+    assert len(app.rows("SELECT * FROM ledger WHERE kind = 'charge'")) == 3
+    app.release()
+    await app.settle()
+    app.clock.now += 60
     assert (await ada.make()).status_code == 200
 
 
-@told()
-async def test_a_refusal_for_jobs_at_once_guesses_when_the_first_will_have_ended(it: Front):
-    ada = it.someone(plan="free", credits=100)
+@app_test()
+async def test_a_refusal_for_jobs_at_once_guesses_when_the_first_will_have_ended(app: InProcessApp):
+    ada = app.create_user(plan="free", credits=100)
     waiting = asyncio.create_task(ada.make("hold"))
-    while not it.workers[0].held:
-        await it.settle()
-    it.clock.now += 30
-    it.release(holds=True)
+    while not app.workers[0].held:
+        await app.settle()
+    app.clock.now += 30
+    app.release(holds=True)
     await waiting
     await ada.make("hold", Prefer="respond-async")
-    await it.settle()
-    it.clock.now += 10
+    await app.settle()
+    app.clock.now += 10
     assert (await ada.make()).headers["Retry-After"] == "20", "the last one took 30 s, and 10 s have passed"
 
 
-@told()
-async def test_studio_has_no_limits_and_no_headers_of_them(it: Front):
-    ada = it.someone(plan="studio", credits=1000)
+@app_test()
+async def test_studio_has_no_limits_and_no_headers_of_them(app: InProcessApp):
+    ada = app.create_user(plan="studio", credits=1000)
     answers = await asyncio.gather(*(ada.make() for _ in range(100)))
     assert codes(list(answers)) == {"ok": 100}
     assert "RateLimit" not in answers[0].headers and "X-RateLimit-Limit" not in answers[0].headers
 
 
-@told()
-async def test_a_key_may_have_a_limit_of_its_own(it: Front):
-    ada = it.someone(plan="basic", credits=100)
-    narrow = it.with_key(ada.id, per_minute=2)
+@app_test()
+async def test_a_key_may_have_a_limit_of_its_own(app: InProcessApp):
+    ada = app.create_user(plan="basic", credits=100)
+    narrow = app.add_key(ada.id, per_minute=2)
     answers = [await narrow.make() for _ in range(3)]
     assert codes(answers) == {"ok": 2, "RATE_LIMITED": 1}
     assert answers[2].json()["violated-policies"] == ["key"]
@@ -151,33 +151,33 @@ async def test_a_key_may_have_a_limit_of_its_own(it: Front):
 
 def test_limits_hold_across_a_restart(tmp_path: Path):
     async def serve(calls: int) -> Counter[str]:
-        async with front(settings_) as it:
-            people = it.rows("SELECT id FROM user WHERE email = 'ada@example.com'")
-            ada = it.with_key(people[0]["id"]) if people else it.someone(plan="free", credits=100)
+        async with serve_app(settings_) as app:
+            people = app.rows("SELECT id FROM user WHERE email = 'ada@example.com'")
+            ada = app.add_key(people[0]["id"]) if people else app.create_user(plan="free", credits=100)
             return codes([await ada.make() for _ in range(calls)])
 
-    settings_ = furnish(tmp_path)
+    settings_ = install_test_models(tmp_path)
     assert asyncio.run(serve(3)) == {"ok": 3}
     assert asyncio.run(serve(5)) == {"ok": 2, "RATE_LIMITED": 3}
 
 
-@told()
-async def test_authentication_comes_before_the_limit_and_the_limit_before_the_body(it: Front):
-    ada = it.someone(plan="free")
+@app_test()
+async def test_authentication_comes_before_the_limit_and_the_limit_before_the_body(app: InProcessApp):
+    ada = app.create_user(plan="free")
     for _ in range(5):
         await ada.ask(GENERATE, {})
     assert (await ada.ask(GENERATE, {})).json()["code"] == "RATE_LIMITED"
-    stranger = await it.client("bnp_" + "x" * 64).post(GENERATE, json={})
+    stranger = await app.client("bnp_" + "x" * 64).post(GENERATE, json={})
     assert stranger.json()["code"] == "INVALID_API_KEY"
 
 
-@told()
-async def test_the_body_comes_before_the_slot_and_the_slot_before_the_credits(it: Front):
-    ada = it.someone(plan="basic", credits=-9)
+@app_test()
+async def test_the_body_comes_before_the_slot_and_the_slot_before_the_credits(app: InProcessApp):
+    ada = app.create_user(plan="basic", credits=-9)
     await ada.make("hold", Prefer="respond-async")
     for _ in range(2):
         assert (await ada.make()).json()["code"] == "INSUFFICIENT_CREDITS"
-    with it.store.database.atomic() as db:
+    with app.store.database.atomic() as db:
         ledger.grant(db, ada.id, 2, "test", NOW)
     for _ in range(2):
         await ada.make("hold", Prefer="respond-async")
@@ -185,9 +185,9 @@ async def test_the_body_comes_before_the_slot_and_the_slot_before_the_credits(it
     assert (await ada.make()).json()["code"] == "CONCURRENCY_LIMIT"
 
 
-@told()
-async def test_200_charges_against_a_balance_that_covers_50(it: Front):
-    ada = it.someone(plan="studio", credits=40)
+@app_test()
+async def test_200_charges_against_a_balance_that_covers_50(app: InProcessApp):
+    ada = app.create_user(plan="studio", credits=40)
     answers = await asyncio.gather(*(ada.make() for _ in range(200)))
     assert codes(list(answers)) == {"ok": 50, "INSUFFICIENT_CREDITS": 150}
     assert await ada.balance() == 0

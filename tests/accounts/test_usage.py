@@ -9,27 +9,27 @@ import pytest
 from pipelines.catalog.catalog import Credits
 from server.accounts.pricing import FalPrice, PricesError, fal_prices, price_of
 from server.api.dependencies import LONGEST_DAYS
-from tests.support.app import NOW, Front, told
+from tests.support.app import NOW, InProcessApp, app_test
 from tests.support.weights_samples import a_model
 
 DAY_S = 86_400.0
 
 
-async def a_weeks_work(it: Front) -> str:
+async def a_weeks_work(app: InProcessApp) -> str:
     """Ada's: on the first day two pictures and a failure, on the second one with another key. Bob's: one."""
-    ada = it.someone(credits=90)
+    ada = app.create_user(credits=90)
     await ada.make()
     await ada.make(model="dear")
     await ada.make("fail GENERATION_FAILED")
-    it.clock.now = NOW + DAY_S
-    await it.with_key(ada.id).make()
-    await it.someone("bob").make()
+    app.clock.now = NOW + DAY_S
+    await app.add_key(ada.id).make()
+    await app.create_user("bob").make()
     return ada.key
 
 
-@told()
-async def test_by_day_key_and_model(it: Front):
-    ada = it.client(await a_weeks_work(it))
+@app_test()
+async def test_by_day_key_and_model(app: InProcessApp):
+    ada = app.client(await a_weeks_work(app))
     found = (await ada.get("/api/usage")).json()
     lines = [(line["day"], line["model"], line["calls"], line["failures"], line["credits"]) for line in found["usage"]]
     assert lines == [
@@ -43,9 +43,9 @@ async def test_by_day_key_and_model(it: Front):
     assert (found["from"], found["to"], found["nextCursor"]) == ("2026-08-24", "2026-09-22", None)
 
 
-@told()
-async def test_days_are_chosen(it: Front):
-    ada = it.client(await a_weeks_work(it))
+@app_test()
+async def test_days_are_chosen(app: InProcessApp):
+    ada = app.client(await a_weeks_work(app))
     found = (await ada.get("/api/usage?from=2026-09-21&to=2026-09-21")).json()
     assert found["totals"]["calls"] == 3
     for query in ("from=2026-09-22&to=2026-09-21", "from=2024-01-01&to=2026-01-01", "from=yesterday"):
@@ -53,33 +53,33 @@ async def test_days_are_chosen(it: Front):
     assert LONGEST_DAYS == 366
 
 
-@told()
-async def test_admins_see_everyones(it: Front):
-    await a_weeks_work(it)
-    found = await it.owner().read("/api/admin/usage")
+@app_test()
+async def test_admins_see_everyones(app: InProcessApp):
+    await a_weeks_work(app)
+    found = await app.owner().read("/api/admin/usage")
     assert {line["email"] for line in found["usage"]} == {"ada@example.com", "bob@example.com"}
-    bob = it.rows("SELECT id FROM user WHERE email = 'bob@example.com'")[0]["id"]
-    assert (await it.owner().read(f"/api/admin/usage?user={bob}"))["totals"]["calls"] == 1
+    bob = app.rows("SELECT id FROM user WHERE email = 'bob@example.com'")[0]["id"]
+    assert (await app.owner().read(f"/api/admin/usage?user={bob}"))["totals"]["calls"] == 1
 
 
-@told()
-async def test_seconds_on_the_device_are_local_ones(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_seconds_on_the_device_are_local_ones(app: InProcessApp):
+    ada = app.create_user()
     job = (await ada.make("hold", Prefer="respond-async")).json()
-    await it.settle()
-    it.clock.now += 12.5
-    it.release()
-    await it.settle()
+    await app.settle()
+    app.clock.now += 12.5
+    app.release()
+    await app.settle()
     assert (await ada.read("/api/usage"))["totals"]["deviceS"] == 12.5
-    it.db.execute("UPDATE job SET served_by = 'fal' WHERE id = ?", [job["id"]])
+    app.db.execute("UPDATE job SET served_by = 'fal' WHERE id = ?", [job["id"]])
     found = await ada.read("/api/usage")
     assert (found["usage"][0]["servedBy"], found["totals"]["deviceS"]) == ("fal", 0.0)
 
 
-@told()
-async def test_csv_is_for_spreadsheets_and_carries_no_formulas(it: Front):
-    ada = it.someone()
-    it.db.execute("UPDATE apikey SET name = '=HYPERLINK(1)'")
+@app_test()
+async def test_csv_is_for_spreadsheets_and_carries_no_formulas(app: InProcessApp):
+    ada = app.create_user()
+    app.db.execute("UPDATE apikey SET name = '=HYPERLINK(1)'")
     await ada.make()
     answer = await ada.call("GET", "/api/usage?format=csv")
     assert answer.headers["content-type"] == "text/csv; charset=utf-8"
@@ -91,12 +91,12 @@ async def test_csv_is_for_spreadsheets_and_carries_no_formulas(it: Front):
     assert (await ada.read("/api/usage"))["usage"][0].keys() == rows[0].keys()
 
 
-@told()
-async def test_what_fal_would_have_taken_is_null_where_no_price_is_known(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_what_fal_would_have_taken_is_null_where_no_price_is_known(app: InProcessApp):
+    ada = app.create_user()
     await ada.make()
     assert (await ada.read("/api/usage"))["totals"]["falCostUsd"] is None
-    it.services.fal_prices["plain"] = FalPrice(per_call=0.01, per_megapixel=1.0)
+    app.services.fal_prices["plain"] = FalPrice(per_call=0.01, per_megapixel=1.0)
     found = await ada.read("/api/usage")
     assert found["usage"][0]["falCostUsd"] == found["totals"]["falCostUsd"] == round(0.01 + 64 * 64 / 1e6, 6)
     await ada.make(model="dear")

@@ -9,48 +9,48 @@ import pytest
 from typer.testing import CliRunner
 
 from server.accounts import keys
-from server.cli import app
+from server.cli import app as cli
 from server.db.database import Database
 from server.errors import KeyDisabled
 from server.jobs.store import JobStore
-from tests.support.app import NOW, Front, Someone, told
+from tests.support.app import NOW, ApiUser, InProcessApp, app_test
 
 
-async def send(who: Someone, method: str, path: str, body: Any = None) -> Any:
+async def send(who: ApiUser, method: str, path: str, body: Any = None) -> Any:
     answer = await who.call(method, f"/api/admin{path}", body)
     assert answer.is_success, answer.text
     return answer.json()
 
 
-async def acts(it: Front) -> list[tuple[str, str, str]]:
-    found = (await it.owner().read("/api/admin/audit"))["acts"]
+async def acts(app: InProcessApp) -> list[tuple[str, str, str]]:
+    found = (await app.owner().read("/api/admin/audit"))["acts"]
     return [(act["actor"], act["act"], act["subject"]) for act in found]
 
 
-@told()
-async def test_only_admins_come_in(it: Front):
-    ada, owner = it.someone(), it.owner()
+@app_test()
+async def test_only_admins_come_in(app: InProcessApp):
+    ada, owner = app.create_user(), app.owner()
     assert (await ada.call("GET", "/api/admin/users")).json()["code"] == "SCOPE_REQUIRED"
-    narrow = it.with_key(owner.id, scopes=["generate", "read"])
+    narrow = app.add_key(owner.id, scopes=["generate", "read"])
     assert (await narrow.call("GET", "/api/admin/users")).status_code == 403
-    trusted = it.with_key(ada.id, scopes=["admin"])
+    trusted = app.add_key(ada.id, scopes=["admin"])
     assert (await trusted.call("GET", "/api/admin/users")).status_code == 200
     assert (await trusted.make()).json()["code"] == "SCOPE_REQUIRED"
     assert (await owner.call("GET", "/api/admin/users")).status_code == 200
 
 
-@told()
-async def test_a_key_for_looking_only_looks(it: Front):
-    looker = it.with_key(it.someone().id, scopes=["read"])
+@app_test()
+async def test_a_key_for_looking_only_looks(app: InProcessApp):
+    looker = app.add_key(app.create_user().id, scopes=["read"])
     assert await looker.balance() == 10
     refused = await looker.make()
     assert refused.status_code == 403
     assert refused.json()["scope"] == "generate" and refused.json()["scopes"] == ["read"]
 
 
-@told()
-async def test_users_are_made_found_and_changed(it: Front):
-    owner = it.owner()
+@app_test()
+async def test_users_are_made_found_and_changed(app: InProcessApp):
+    owner = app.owner()
     made = await send(owner, "POST", "/users", {"email": "Bob@Example.com", "plan": "basic"})
     assert (made["email"], made["plan"], made["balance"], made["banned"]) == ("bob@example.com", "basic", 10, False)
     path = f"/users/{made['id']}"
@@ -61,15 +61,15 @@ async def test_users_are_made_found_and_changed(it: Front):
     page = await send(owner, "GET", "/users?limit=1")
     rest = await send(owner, "GET", f"/users?limit=1&cursor={page['nextCursor']}")
     assert [user["email"] for user in page["users"] + rest["users"]] == ["bob@example.com", "owner@localhost"]
-    assert await acts(it) == [
+    assert await acts(app) == [
         ("owner@localhost", "users.change", made["id"]),
         ("owner@localhost", "users.create", made["id"]),
     ]
 
 
-@told()
-async def test_what_cannot_be_is_refused_and_not_written_down(it: Front):
-    owner, ada = it.owner(), it.someone()
+@app_test()
+async def test_what_cannot_be_is_refused_and_not_written_down(app: InProcessApp):
+    owner, ada = app.owner(), app.create_user()
     refusals = [
         ("POST", "/users", {"email": "ada@example.com"}, "CONFLICT"),
         ("POST", "/users", {"email": "x@example.com", "plan": "gold"}, "VALIDATION_ERROR"),
@@ -90,14 +90,14 @@ async def test_what_cannot_be_is_refused_and_not_written_down(it: Front):
     for method, path, body, code in refusals:
         answer = await owner.call(method, f"/api/admin{path}", body)
         assert answer.json()["code"] == code, (method, path, answer.text)
-    assert await acts(it) == []
+    assert await acts(app) == []
     assert await send(owner, "GET", f"/users/{owner.id}") == await send(owner, "GET", f"/users/{owner.id}")
     assert (await send(owner, "GET", f"/users/{owner.id}"))["role"] == "admin"
 
 
-@told()
-async def test_grants_show_in_the_ledger(it: Front):
-    owner, ada = it.owner(), it.someone()
+@app_test()
+async def test_grants_show_in_the_ledger(app: InProcessApp):
+    owner, ada = app.owner(), app.create_user()
     assert await send(owner, "POST", f"/users/{ada.id}/grants", {"amount": 25, "note": "thanks"}) == {"balance": 35}
     assert await send(owner, "POST", f"/users/{ada.id}/grants", {"amount": -5}) == {"balance": 30}
     entries = (await send(owner, "GET", f"/users/{ada.id}/ledger"))["entries"]
@@ -109,32 +109,32 @@ async def test_grants_show_in_the_ledger(it: Front):
     assert entries == (await ada.read("/api/credits/ledger"))["entries"]
 
 
-@told()
-async def test_a_banned_user_is_out_at_once_and_back_when_it_ends(it: Front):
-    owner, ada = it.owner(), it.someone()
+@app_test()
+async def test_a_banned_user_is_out_at_once_and_back_when_it_ends(app: InProcessApp):
+    owner, ada = app.owner(), app.create_user()
     banned = await send(owner, "POST", f"/users/{ada.id}/ban", {"reason": "spam", "expiresAt": "2026-09-21T15:00:00Z"})
     assert (banned["banned"], banned["banReason"], banned["banExpires"]) == (True, "spam", "2026-09-21T15:00:00.000Z")
     refused = await ada.call("GET", "/api/credits")
     assert (refused.status_code, refused.json()["code"]) == (403, "USER_BANNED")
     assert "spam" in refused.json()["error"]
     assert (await ada.make()).status_code == 403
-    it.clock.now = NOW + 86_400
+    app.clock.now = NOW + 86_400
     assert (await ada.make()).status_code == 200, "the ban ended"
-    it.clock.now = NOW
+    app.clock.now = NOW
     await send(owner, "DELETE", f"/users/{ada.id}/ban")
     assert (await ada.make()).status_code == 200
-    assert [act for _, act, _ in await acts(it)] == ["users.unban", "users.ban"]
+    assert [act for _, act, _ in await acts(app)] == ["users.unban", "users.ban"]
 
 
-@told()
-async def test_keys_are_made_narrowed_and_revoked(it: Front):
-    owner, ada = it.owner(), it.someone()
+@app_test()
+async def test_keys_are_made_narrowed_and_revoked(app: InProcessApp):
+    owner, ada = app.owner(), app.create_user()
     order = {"userId": ada.id, "name": "camera", "scopes": ["read", "generate"], "perMinute": 2}
     made = await send(owner, "POST", "/keys", {**order, "expiresAt": "2027-01-01T00:00:00Z"})
     assert made["key"].startswith("bnp_") and made["start"] == made["key"][:6]
     assert made["scopes"] == ["generate", "read"] and made["perMinute"] == 2
     assert made["expiresAt"] == "2027-01-01T00:00:00.000Z"
-    camera = Someone(ada.id, made["key"], it.client(made["key"]))
+    camera = ApiUser(ada.id, made["key"], app.client(made["key"]))
     assert (await camera.make()).status_code == 200
     changed = await send(owner, "PATCH", f"/keys/{made['id']}", {"scopes": ["read"], "perMinute": None})
     assert (changed["scopes"], changed["perMinute"], changed["name"]) == (["read"], None, "camera")
@@ -144,27 +144,27 @@ async def test_keys_are_made_narrowed_and_revoked(it: Front):
     assert {key["userId"] for key in listed} == {ada.id}
     assert (await send(owner, "DELETE", f"/keys/{made['id']}"))["enabled"] is False
     assert (await camera.call("GET", "/api/credits")).json()["code"] == "KEY_DISABLED"
-    assert [act for _, act, _ in await acts(it)] == ["keys.revoke", "keys.change", "keys.create"]
-    assert made["key"] not in str(it.rows("SELECT * FROM audit"))
+    assert [act for _, act, _ in await acts(app)] == ["keys.revoke", "keys.change", "keys.create"]
+    assert made["key"] not in str(app.rows("SELECT * FROM audit"))
 
 
-@told()
-async def test_an_expired_key_and_its_last_use(it: Front):
-    ada = it.someone()
-    short = it.with_key(ada.id, expires_at=NOW + 60)
+@app_test()
+async def test_an_expired_key_and_its_last_use(app: InProcessApp):
+    ada = app.create_user()
+    short = app.add_key(ada.id, expires_at=NOW + 60)
     assert await short.balance() == 10
-    it.clock.now = NOW + 60
+    app.clock.now = NOW + 60
     assert (await short.call("GET", "/api/credits")).json()["code"] == "KEY_EXPIRED"
-    keys = (await it.owner().read(f"/api/admin/keys?user={ada.id}"))["keys"]
+    keys = (await app.owner().read(f"/api/admin/keys?user={ada.id}"))["keys"]
     assert [key["lastUsedAt"] for key in keys] == [None, "2026-09-21T14:13:20.000Z"]
 
 
-@told()
-async def test_everyones_jobs_are_seen_and_cancelled(it: Front):
-    owner, ada = it.owner(), it.someone()
+@app_test()
+async def test_everyones_jobs_are_seen_and_cancelled(app: InProcessApp):
+    owner, ada = app.owner(), app.create_user()
     running = (await ada.make("hold", Prefer="respond-async")).json()
     await ada.make("work", Prefer="respond-async")
-    await it.settle()
+    await app.settle()
     jobs = (await send(owner, "GET", "/jobs"))["jobs"]
     assert [(job["userId"], job["params"]["prompt"]) for job in jobs] == [(ada.id, "work"), (ada.id, "hold")]
     queued = (await send(owner, "GET", f"/jobs?status=queued&user={ada.id}"))["jobs"]
@@ -172,23 +172,23 @@ async def test_everyones_jobs_are_seen_and_cancelled(it: Front):
     cancelled = await send(owner, "POST", f"/jobs/{queued[0]['id']}/cancel")
     assert cancelled["status"] == "cancelled"
     await send(owner, "POST", f"/jobs/{running['id']}/cancel")
-    await it.settle()
+    await app.settle()
     assert (await send(owner, "GET", f"/jobs/{running['id']}"))["status"] == "cancelled"
     assert await ada.balance() == 10
     assert (await send(owner, "GET", f"/jobs?user={owner.id}"))["jobs"] == []
-    assert [act for _, act, _ in await acts(it)] == ["jobs.cancel"] * 2
+    assert [act for _, act, _ in await acts(app)] == ["jobs.cancel"] * 2
 
 
-@told()
-async def test_the_plans_are_listed(it: Front):
-    plans = (await it.owner().read("/api/admin/plans"))["plans"]
+@app_test()
+async def test_the_plans_are_listed(app: InProcessApp):
+    plans = (await app.owner().read("/api/admin/plans"))["plans"]
     assert plans[0] == {"name": "free", "requestsAMinute": 5, "jobsAtOnce": 1, "weight": 1}
     assert [plan["name"] for plan in plans] == ["free", "basic", "standard", "pro", "studio"]
 
 
-@told()
-async def test_ledger_and_audit_log_only_grow(it: Front):
-    await send(it.owner(), "POST", f"/users/{it.someone().id}/grants", {"amount": 1})
+@app_test()
+async def test_ledger_and_audit_log_only_grow(app: InProcessApp):
+    await send(app.owner(), "POST", f"/users/{app.create_user().id}/grants", {"amount": 1})
     for sql in (
         "UPDATE ledger SET amount = 9",
         "DELETE FROM ledger",
@@ -196,15 +196,15 @@ async def test_ledger_and_audit_log_only_grow(it: Front):
         "DELETE FROM audit",
     ):
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-            it.db.execute(sql)
+            app.db.execute(sql)
 
 
-@told()
-async def test_an_act_that_cannot_be_written_down_does_not_happen(it: Front):
-    ada = it.someone()
-    it.db.execute("CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
+@app_test()
+async def test_an_act_that_cannot_be_written_down_does_not_happen(app: InProcessApp):
+    ada = app.create_user()
+    app.db.execute("CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
     with pytest.raises(sqlite3.IntegrityError):
-        await it.owner().call("POST", f"/api/admin/users/{ada.id}/grants", {"amount": 5})
+        await app.owner().call("POST", f"/api/admin/users/{ada.id}/grants", {"amount": 5})
     assert await ada.balance() == 10
 
 
@@ -213,7 +213,7 @@ async def test_an_act_that_cannot_be_written_down_does_not_happen(it: Front):
 
 def test_the_command_line_acts_and_writes_down(tmp_path: Path):
     def run(*words: str, code: int = 0) -> str:
-        result = CliRunner().invoke(app, [*words, "--data", str(tmp_path)])
+        result = CliRunner().invoke(cli, [*words, "--data", str(tmp_path)])
         assert result.exit_code == code, result.output
         return result.output.strip()
 

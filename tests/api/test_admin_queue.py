@@ -3,26 +3,26 @@
 from typing import Any
 
 from server.timestamps import iso
-from tests.support.app import GENERATE, NOW, Front, Someone, told
+from tests.support.app import GENERATE, NOW, ApiUser, InProcessApp, app_test
 
 
-async def send(who: Someone, method: str, path: str, body: Any = None) -> Any:
+async def send(who: ApiUser, method: str, path: str, body: Any = None) -> Any:
     answer = await who.call(method, f"/api/admin{path}", body)
     assert answer.is_success, answer.text
     return answer.json()
 
 
-async def wait_in_line(who: Someone, prompt: str = "hold") -> str:
+async def wait_in_line(who: ApiUser, prompt: str = "hold") -> str:
     answer = await who.ask(GENERATE, {"prompt": prompt, "model": "plain"}, Prefer="respond-async")
     assert answer.status_code == 202, answer.text
     return answer.json()["id"]
 
 
-@told()
-async def test_a_caller_sees_place_reason_and_start_and_what_is_left_of_a_run(it: Front):
-    ada = it.someone(credits=9)
+@app_test()
+async def test_a_caller_sees_place_reason_and_start_and_what_is_left_of_a_run(app: InProcessApp):
+    ada = app.create_user(credits=9)
     first, second = await wait_in_line(ada), await wait_in_line(ada)
-    await it.settle()
+    await app.settle()
     running, waiting = await ada.read(f"/api/jobs/{first}"), await ada.read(f"/api/jobs/{second}")
     assert (running["status"], running["queue"]) == ("running", None)
     assert waiting["queue"] == {
@@ -32,12 +32,12 @@ async def test_a_caller_sees_place_reason_and_start_and_what_is_left_of_a_run(it
     }
 
 
-@told()
-async def test_an_admin_sees_the_queue_and_how_promises_were_kept(it: Front):
-    ada = it.someone(credits=9)
+@app_test()
+async def test_an_admin_sees_the_queue_and_how_promises_were_kept(app: InProcessApp):
+    ada = app.create_user(credits=9)
     first, second = await wait_in_line(ada), await wait_in_line(ada)
-    await it.settle()
-    queue = await send(it.owner(), "GET", "/queue")
+    await app.settle()
+    queue = await send(app.owner(), "GET", "/queue")
     assert (queue["paused"], queue["waiting"], queue["startPredictionError"]["jobs"]) == (False, 1, 1)
     assert queue["devices"][0] | {"secondsLeft": None} == {
         "id": "cpu",
@@ -50,37 +50,37 @@ async def test_an_admin_sees_the_queue_and_how_promises_were_kept(it: Front):
     assert [(job["id"], job["userId"], job["position"]) for job in queue["jobs"]] == [(second, ada.id, 1)]
 
 
-@told()
-async def test_an_admin_pauses_and_resumes(it: Front):
-    ada, owner = it.someone(credits=9), it.owner()
+@app_test()
+async def test_an_admin_pauses_and_resumes(app: InProcessApp):
+    ada, owner = app.create_user(credits=9), app.owner()
     assert await send(owner, "POST", "/queue/pause") == {"halted": ["queue"]}
     job_id = await wait_in_line(ada, "work")
     assert (await ada.read(f"/api/jobs/{job_id}"))["queue"]["reason"] == "the queue is paused"
     assert await send(owner, "POST", "/queue/resume") == {"halted": []}
-    await it.settle()
+    await app.settle()
     assert (await ada.read(f"/api/jobs/{job_id}"))["status"] == "succeeded"
     acts = (await owner.read("/api/admin/audit"))["acts"]
     assert [act["act"] for act in acts] == ["queue.resume", "queue.pause"]
 
 
-@told()
-async def test_an_admin_drains_a_device(it: Front):
-    ada, owner = it.someone(credits=9), it.owner()
+@app_test()
+async def test_an_admin_drains_a_device(app: InProcessApp):
+    ada, owner = app.create_user(credits=9), app.owner()
     assert await send(owner, "POST", "/devices/cpu/drain") == {"halted": ["cpu"]}
     job_id = await wait_in_line(ada, "work")
-    await it.settle()
+    await app.settle()
     assert (await ada.read(f"/api/jobs/{job_id}"))["status"] == "queued"
     assert (await owner.call("POST", "/api/admin/devices/gpu7/drain")).status_code == 404
     await send(owner, "POST", "/devices/cpu/resume")
-    await it.settle()
+    await app.settle()
     assert (await ada.read(f"/api/jobs/{job_id}"))["status"] == "succeeded"
 
 
-@told()
-async def test_an_admin_says_who_goes_first(it: Front):
-    ada, owner = it.someone(credits=9), it.owner()
+@app_test()
+async def test_an_admin_says_who_goes_first(app: InProcessApp):
+    ada, owner = app.create_user(credits=9), app.owner()
     first, second, third = [await wait_in_line(ada) for _ in range(3)]
-    await it.settle()
+    await app.settle()
     assert (await send(owner, "POST", f"/jobs/{third}/front"))["priority"] == 1000
     assert (await ada.read(f"/api/jobs/{third}"))["queue"]["position"] == 1
     await send(owner, "POST", f"/jobs/{third}/priority", {"priority": -1})
@@ -89,13 +89,13 @@ async def test_an_admin_says_who_goes_first(it: Front):
     assert (await ada.call("POST", f"/api/admin/jobs/{third}/front")).status_code == 403
 
 
-@told(max_queued_each=1)
-async def test_whoever_has_too_many_waiting_is_told_when_to_come_again(it: Front):
-    ada = it.someone(credits=9)
+@app_test(max_queued_each=1)
+async def test_whoever_has_too_many_waiting_is_told_when_to_come_again(app: InProcessApp):
+    ada = app.create_user(credits=9)
     await wait_in_line(ada)
-    await it.settle()
+    await app.settle()
     await wait_in_line(ada)
-    await it.settle()
+    await app.settle()
     refused = await ada.ask(GENERATE, {"prompt": "hold", "model": "plain"})
     assert (refused.status_code, refused.json()["code"]) == (429, "CONCURRENCY_LIMIT")
     assert int(refused.headers["Retry-After"]) >= 5

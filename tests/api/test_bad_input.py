@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.support.server import House, data_url
+from tests.support.server import LiveServer, data_url
 
 GENERATE, UPSCALE, REMOVE = "/api/image/fal/generate", "/api/image/fal/upscale", "/api/image/fal/remove-bg"
 VIDEO = "/api/video/fal/generate"
@@ -15,12 +15,16 @@ ENVELOPE = {"error", "code", "message", "type", "title", "status", "detail", "re
 
 
 @pytest.fixture(autouse=True)
-def nothing_charged_and_nothing_left_behind(house: House) -> Iterator[None]:
-    balance, files, jobs = house.balance(), house.file_names(), house.read("/api/jobs?limit=1")["jobs"]
+def nothing_charged_and_nothing_left_behind(live_server: LiveServer) -> Iterator[None]:
+    balance, files, jobs = (
+        live_server.balance(),
+        live_server.file_names(),
+        live_server.read("/api/jobs?limit=1")["jobs"],
+    )
     yield
-    assert house.balance() == balance
-    assert house.file_names() == files
-    assert house.read("/api/jobs?limit=1")["jobs"] == jobs
+    assert live_server.balance() == balance
+    assert live_server.file_names() == files
+    assert live_server.read("/api/jobs?limit=1")["jobs"] == jobs
 
 
 def generate(**changes: Any) -> dict[str, Any]:
@@ -69,9 +73,9 @@ CASES: dict[str, tuple[str, Any, int, str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input(house: House, case: str):
+def test_bad_input(live_server: LiveServer, case: str):
     route, body, status, code, text = CASES[case]
-    answer = house.ask(route, body)
+    answer = live_server.ask(route, body)
     told = answer.json()
     assert (answer.status_code, told["code"]) == (status, code), answer.text
     assert told.keys() >= ENVELOPE
@@ -81,50 +85,50 @@ def test_bad_input(house: House, case: str):
     assert answer.headers["content-type"] == "application/json"
 
 
-def test_a_dead_host_is_unreachable(house: House):
-    answer = house.ask(REMOVE, {"imageUrl": "https://nowhere.invalid/a.png"})
+def test_a_dead_host_is_unreachable(live_server: LiveServer):
+    answer = live_server.ask(REMOVE, {"imageUrl": "https://nowhere.invalid/a.png"})
     assert (answer.status_code, answer.json()["code"]) == (400, "MEDIA_UNREACHABLE")
 
 
-def test_broken_json(house: House):
+def test_broken_json(live_server: LiveServer):
     for content in (b"{", b"", b"\xff", b"[" * 100_000):
-        answer = house.client.post(GENERATE, content=content)
+        answer = live_server.client.post(GENERATE, content=content)
         assert (answer.status_code, answer.json()["error"]) == (400, "The body is not JSON.")
 
 
-def test_a_body_over_the_limit(house: House):
-    answer = house.client.post(GENERATE, content=b'{"prompt": "' + b"a" * (49 * 2**20) + b'"}')
+def test_a_body_over_the_limit(live_server: LiveServer):
+    answer = live_server.client.post(GENERATE, content=b'{"prompt": "' + b"a" * (49 * 2**20) + b'"}')
     assert (answer.status_code, answer.json()["code"]) == (413, "PAYLOAD_TOO_LARGE")
-    endless = house.client.post(GENERATE, content=(b"a" * 2**20 for _ in range(50)))
+    endless = live_server.client.post(GENERATE, content=(b"a" * 2**20 for _ in range(50)))
     assert endless.status_code == 413
 
 
-def test_a_wrong_method_is_told_the_right_one(house: House):
-    answer = house.client.get(GENERATE)
+def test_a_wrong_method_is_told_the_right_one(live_server: LiveServer):
+    answer = live_server.client.get(GENERATE)
     assert (answer.status_code, answer.json()["code"], answer.headers["allow"]) == (405, "METHOD_NOT_ALLOWED", "POST")
 
 
-def test_a_path_that_is_not_there(house: House):
-    answer = house.client.get("/api/nothing")
+def test_a_path_that_is_not_there(live_server: LiveServer):
+    answer = live_server.client.get("/api/nothing")
     assert (answer.status_code, answer.json()["code"]) == (404, "NOT_FOUND")
-    assert house.client.get("/api/jobs/job_nothing").json()["code"] == "NOT_FOUND"
-    assert house.client.get(f"/files/{'0' * 48}.png").status_code == 404
-    assert house.client.get("/files/..%2f..%2fplantain.sqlite").status_code == 404
+    assert live_server.client.get("/api/jobs/job_nothing").json()["code"] == "NOT_FOUND"
+    assert live_server.client.get(f"/files/{'0' * 48}.png").status_code == 404
+    assert live_server.client.get("/files/..%2f..%2fplantain.sqlite").status_code == 404
 
 
 @pytest.mark.parametrize("authorization", ["", "Bearer", "Bearer bnp_wrong", "Basic YTpi"])
-def test_without_a_good_key_nothing_is_told(house: House, authorization: str):
+def test_without_a_good_key_nothing_is_told(live_server: LiveServer, authorization: str):
     for method, route in (("POST", GENERATE), ("POST", UPSCALE), ("GET", "/api/jobs"), ("GET", "/api/credits")):
-        answer = house.client.request(method, route, headers={"Authorization": authorization}, content=b"{")
+        answer = live_server.client.request(method, route, headers={"Authorization": authorization}, content=b"{")
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
-def test_an_explicit_null_is_as_good_as_nothing(house: House):
-    answer = house.ask(UPSCALE, {"imageUrl": None, "scale": None})
+def test_an_explicit_null_is_as_good_as_nothing(live_server: LiveServer):
+    answer = live_server.ask(UPSCALE, {"imageUrl": None, "scale": None})
     assert answer.json()["code"] == "VALIDATION_ERROR"
 
 
-def test_limits_of_lists_are_told(house: House):
-    answer = house.client.get("/api/jobs?limit=0")
+def test_limits_of_lists_are_told(live_server: LiveServer):
+    answer = live_server.client.get("/api/jobs?limit=0")
     assert (answer.status_code, answer.json()["code"]) == (400, "VALIDATION_ERROR")

@@ -7,14 +7,14 @@ import pytest
 
 from server.errors import IdempotencyKeyInvalid
 from server.jobs import idempotency
-from tests.support.app import GENERATE, Front, front, furnish, picture, told
+from tests.support.app import GENERATE, InProcessApp, app_test, install_test_models, picture, serve_app
 
 KEY = {"Idempotency_Key": "order-66"}
 
 
-@told()
-async def test_the_same_key_and_body_get_the_stored_answer_and_are_charged_once(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_the_same_key_and_body_get_the_stored_answer_and_are_charged_once(app: InProcessApp):
+    ada = app.create_user()
     first = await ada.make(hue="x", **KEY)
     second = await ada.make(hue="x", **KEY)
     assert second.status_code == 200 and second.json() == first.json()
@@ -24,17 +24,17 @@ async def test_the_same_key_and_body_get_the_stored_answer_and_are_charged_once(
     assert await ada.balance() == 9
 
 
-@told()
-async def test_the_fields_that_had_no_effect_are_named_again(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_the_fields_that_had_no_effect_are_named_again(app: InProcessApp):
+    ada = app.create_user()
     body = {"prompt": "work", "model": "plain", "hue": "red", "negativePrompt": "x"}
     answers = [await ada.ask(GENERATE, body, **KEY) for _ in range(2)]
     assert [answer.headers["X-Ignored-Fields"] for answer in answers] == ["hue, negativePrompt"] * 2
 
 
-@told()
-async def test_all_four_routes_keep_keys_each_for_itself(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_all_four_routes_keep_keys_each_for_itself(app: InProcessApp):
+    ada = app.create_user()
     calls = [(f"/api/image/fal/{route}", {"imageUrl": picture()}) for route in ("upscale", "remove-bg")]
     calls.append((GENERATE, {"prompt": "work", "model": "plain"}))
     for path, body in calls:
@@ -44,26 +44,26 @@ async def test_all_four_routes_keep_keys_each_for_itself(it: Front):
     assert await ada.balance() == 7
 
 
-@told()
-async def test_another_body_is_refused(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_another_body_is_refused(app: InProcessApp):
+    ada = app.create_user()
     await ada.make("work", **KEY)
     refused = await ada.make("work harder", **KEY)
     assert (refused.status_code, refused.json()["code"]) == (422, "IDEMPOTENCY_KEY_REUSED")
     assert await ada.balance() == 9
 
 
-@told()
-async def test_how_the_body_is_written_makes_no_difference(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_how_the_body_is_written_makes_no_difference(app: InProcessApp):
+    ada = app.create_user()
     texts = ['{"prompt":"a","model":"plain"}', '{ "model": "plain", "prompt": "\\u0061", "seed": null }']
     answers = [await ada.client.post(GENERATE, content=text, headers={"Idempotency-Key": "k"}) for text in texts]
     assert answers[1].json() == answers[0].json()
 
 
-@told()
-async def test_two_at_the_same_instant_are_charged_once(it: Front):
-    ada = it.someone(plan="free")
+@app_test()
+async def test_two_at_the_same_instant_are_charged_once(app: InProcessApp):
+    ada = app.create_user(plan="free")
     answers = await asyncio.gather(*(ada.make(**KEY) for _ in range(5)))
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.json()["imageUrl"] for answer in answers}) == 1
@@ -71,34 +71,34 @@ async def test_two_at_the_same_instant_are_charged_once(it: Front):
     assert await ada.balance() == 9
 
 
-@told()
-async def test_two_pictures_at_the_same_instant_leave_no_file_behind(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_two_pictures_at_the_same_instant_leave_no_file_behind(app: InProcessApp):
+    ada = app.create_user()
     body = {"imageUrl": picture()}
     await asyncio.gather(*(ada.ask("/api/image/fal/upscale", body, **KEY) for _ in range(5)))
-    files = {path.name for path in it.services.files.root.iterdir()}
+    files = {path.name for path in app.services.files.root.iterdir()}
     assert len(files) == 2, "one input, one output"
 
 
-@told()
-async def test_while_the_first_call_runs_the_second_waits_for_it(it: Front):
-    ada = it.someone(plan="free")
+@app_test()
+async def test_while_the_first_call_runs_the_second_waits_for_it(app: InProcessApp):
+    ada = app.create_user(plan="free")
     first = asyncio.create_task(ada.make("hold", **KEY))
-    while not it.workers[0].held:
-        await it.settle()
+    while not app.workers[0].held:
+        await app.settle()
     second = asyncio.create_task(ada.make("hold", **KEY))
     asked = await ada.make("hold", Prefer="respond-async", **KEY)
     assert (asked.status_code, asked.json()["status"]) == (202, "running")
     assert asked.headers["Idempotent-Replayed"] == "true"
     assert not first.done() and not second.done()
-    it.release()
+    app.release()
     assert (await second).json() == (await first).json()
     assert await ada.balance() == 9
 
 
-@told()
-async def test_a_generation_that_failed_fails_again_for_the_same_key(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_a_generation_that_failed_fails_again_for_the_same_key(app: InProcessApp):
+    ada = app.create_user()
     answers = [await ada.make("fail GENERATION_FAILED", **KEY) for _ in range(2)]
     assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [(500, "GENERATION_FAILED")] * 2
     assert answers[1].headers["Idempotent-Replayed"] == "true"
@@ -106,28 +106,28 @@ async def test_a_generation_that_failed_fails_again_for_the_same_key(it: Front):
     assert await ada.balance() == 10
 
 
-@told()
-async def test_a_failure_for_want_of_room_is_tried_anew(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_a_failure_for_want_of_room_is_tried_anew(app: InProcessApp):
+    ada = app.create_user()
     answers = [await ada.make("fail DOES_NOT_FIT", **KEY) for _ in range(3)]
     assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(503, "DOES_NOT_FIT")}
     assert len({answer.headers["X-Job-Id"] for answer in answers}) == 3
-    assert len(it.rows("SELECT * FROM idempotency")) == 1
+    assert len(app.rows("SELECT * FROM idempotency")) == 1
 
 
-@told()
-async def test_what_was_refused_before_it_was_a_job_is_not_kept(it: Front):
-    ada = it.someone(credits=-10)
+@app_test()
+async def test_what_was_refused_before_it_was_a_job_is_not_kept(app: InProcessApp):
+    ada = app.create_user(credits=-10)
     assert (await ada.make(**KEY)).status_code == 402
-    it.db.execute("UPDATE user SET balance = 5 WHERE id = ?", [ada.id])
+    app.db.execute("UPDATE user SET balance = 5 WHERE id = ?", [ada.id])
     assert (await ada.make(**KEY)).status_code == 200
 
 
-@told()
-async def test_a_replay_needs_no_free_slot_and_no_credits_but_counts_as_a_call(it: Front):
-    ada = it.someone(plan="free", credits=-9)
+@app_test()
+async def test_a_replay_needs_no_free_slot_and_no_credits_but_counts_as_a_call(app: InProcessApp):
+    ada = app.create_user(plan="free", credits=-9)
     await ada.make(**KEY)
-    with it.store.database.atomic() as db:
+    with app.store.database.atomic() as db:
         db.execute("UPDATE user SET balance = 1 WHERE id = ?", [ada.id])
     await ada.make("hold", Prefer="respond-async")
     for _ in range(3):
@@ -135,35 +135,35 @@ async def test_a_replay_needs_no_free_slot_and_no_credits_but_counts_as_a_call(i
     assert (await ada.make(**KEY)).json()["code"] == "RATE_LIMITED"
 
 
-@told()
-async def test_a_key_is_the_users_own_and_is_kept_for_a_day(it: Front):
-    ada, bob = it.someone(), it.someone("bob")
+@app_test()
+async def test_a_key_is_the_users_own_and_is_kept_for_a_day(app: InProcessApp):
+    ada, bob = app.create_user(), app.create_user("bob")
     first = await ada.make(**KEY)
     assert (await bob.make(**KEY)).json() != first.json()
-    it.clock.now += idempotency.KEY_LIFETIME_S - 1
+    app.clock.now += idempotency.KEY_LIFETIME_S - 1
     assert (await ada.make(**KEY)).json() == first.json()
-    it.clock.now += 1
+    app.clock.now += 1
     assert (await ada.make(**KEY)).json() != first.json()
-    assert len(it.rows("SELECT * FROM idempotency")) == 1, "what is older is gone"
+    assert len(app.rows("SELECT * FROM idempotency")) == 1, "what is older is gone"
 
 
 def test_a_key_survives_a_restart_and_so_does_its_running_job(tmp_path: Path):
-    settings = furnish(tmp_path)
+    settings = install_test_models(tmp_path)
 
     async def before() -> tuple[str, str]:
-        async with front(settings) as it:
-            ada = it.someone()
+        async with serve_app(settings) as app:
+            ada = app.create_user()
             job = (await ada.make("hold", Prefer="respond-async", **KEY)).json()
-            await it.settle()
+            await app.settle()
             return ada.id, job["id"]
 
     async def after(user_id: str) -> list[str]:
-        async with front(settings) as it:
-            ada = it.with_key(user_id)
+        async with serve_app(settings) as app:
+            ada = app.add_key(user_id)
             waiting = asyncio.create_task(ada.make("hold", **KEY))
-            while not it.workers[0].held:
-                await it.settle()
-            it.release()
+            while not app.workers[0].held:
+                await app.settle()
+            app.release()
             return [(await waiting).headers["X-Job-Id"], str(await ada.balance())]
 
     user_id, job_id = asyncio.run(before())
@@ -190,9 +190,9 @@ def test_malformed_keys(header: str):
         idempotency.parse([header])
 
 
-@told()
-async def test_a_malformed_key_is_refused_before_anything_is_charged(it: Front):
-    ada = it.someone()
+@app_test()
+async def test_a_malformed_key_is_refused_before_anything_is_charged(app: InProcessApp):
+    ada = app.create_user()
     refused = await ada.make(Idempotency_Key="a b")
     assert (refused.status_code, refused.json()["code"]) == (400, "IDEMPOTENCY_KEY_INVALID")
     headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]

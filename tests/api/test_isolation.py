@@ -14,8 +14,7 @@ from fastapi.routing import iter_route_contexts
 
 from server.accounts import ledger
 from server.auth import sessions
-from tests.support import app
-from tests.support.app import GENERATE, NOW, Front, Someone, picture, told
+from tests.support.app import GENERATE, NOW, ApiUser, InProcessApp, app_test, picture
 
 PUBLIC = {
     "/api/openapi.json", "/api/docs", "/docs/oauth2-redirect", "/redoc", "/healthz", "/readyz",
@@ -158,17 +157,17 @@ def filled(method: str, path: str, ada: Victim) -> tuple[str, Any]:
     return url + queries(ada).get(path, ""), bodies(ada).get(path) if sends else None
 
 
-async def settle_in(it: Front) -> Victim:
-    person = it.someone("ada", credits=50)
-    token = session_of(it, person.id)
+async def settle_in(app: InProcessApp) -> Victim:
+    person = app.create_user("ada", credits=50)
+    token = session_of(app, person.id)
     first = await person.make(PROMPT)
     upload = (await person.client.post("/api/uploads", content=png())).json()["url"]
     running = (await person.make("hold", Prefer="respond-async")).json()["id"]
-    with it.store.database.atomic() as db:
+    with app.store.database.atomic() as db:
         db.execute("UPDATE user SET name = ? WHERE id = ?", [NAME, person.id])
         db.execute("UPDATE apikey SET name = ? WHERE referenceId = ?", [KEY_NAME, person.id])
         ledger.grant(db, person.id, 5, NOTE, NOW)
-    key_id = it.rows("SELECT id FROM apikey WHERE referenceId = ?", person.id)[0]["id"]
+    key_id = app.rows("SELECT id FROM apikey WHERE referenceId = ?", person.id)[0]["id"]
     file, sent = (url.rpartition("/")[2] for url in (first.json()["imageUrl"], upload))
     job_id = first.headers["X-Job-Id"]
     return Victim(person.id, "ada@example.com", person.key, key_id, token, job_id, running, file, sent)
@@ -180,12 +179,12 @@ def png() -> bytes:
     return base64.b64decode(picture().partition(",")[2])
 
 
-def session_of(it: Front, user_id: str) -> str:
-    with it.store.database.atomic() as db:
-        return sessions.open_session(db, it.services.auth.secret, user_id, NOW, address="", agent="", remember=True)
+def session_of(app: InProcessApp, user_id: str) -> str:
+    with app.store.database.atomic() as db:
+        return sessions.open_session(db, app.services.auth.secret, user_id, NOW, address="", agent="", remember=True)
 
 
-def belongings(it: Front, ada: Victim) -> list[Any]:
+def belongings(app: InProcessApp, ada: Victim) -> list[Any]:
     """All rows of one user, but for when their key was last used."""
     owned = {
         "user": "id",
@@ -195,20 +194,20 @@ def belongings(it: Front, ada: Victim) -> list[Any]:
         "ledger": "user_id",
         "file": "user_id",
     }
-    found = [it.rows(f"SELECT * FROM {table} WHERE {column} = ?", ada.id) for table, column in owned.items()]
-    return [*found, it.rows("SELECT id, name, enabled, permissions FROM apikey WHERE referenceId = ?", ada.id)]
+    found = [app.rows(f"SELECT * FROM {table} WHERE {column} = ?", ada.id) for table, column in owned.items()]
+    return [*found, app.rows("SELECT id, name, enabled, permissions FROM apikey WHERE referenceId = ?", ada.id)]
 
 
-@app.told(limit_sign_in=False)
-async def test_nobody_reaches_what_is_anothers(it: Front):
-    ada = await settle_in(it)
-    before = belongings(it, ada)
+@app_test(limit_sign_in=False)
+async def test_nobody_reaches_what_is_anothers(app: InProcessApp):
+    ada = await settle_in(app)
+    before = belongings(app, ada)
     called = 0
-    for number, (method, path) in enumerate(routes(it.app)):
+    for number, (method, path) in enumerate(routes(app.asgi)):
         url, body = filled(method, path, ada)
-        bob = it.someone(f"bob{number}", credits=50)
-        for credential in (bob.key, session_of(it, bob.id)):
-            answer = await it.client(credential).request(method, url, json=body, headers=ASYNC)
+        bob = app.create_user(f"bob{number}", credits=50)
+        for credential in (bob.key, session_of(app, bob.id)):
+            answer = await app.client(credential).request(method, url, json=body, headers=ASYNC)
             told = f"{method} {url} as somebody else: {answer.status_code} {answer.text[:300]}"
             assert answer.status_code < 500, told
             if path not in PUBLIC:
@@ -218,51 +217,51 @@ async def test_nobody_reaches_what_is_anothers(it: Front):
             if "job_id" in path and not path.startswith("/api/admin/"):
                 assert answer.status_code == 404, told
             called += 1
-        assert belongings(it, ada) == before, f"{method} {url} changed something of another's"
+        assert belongings(app, ada) == before, f"{method} {url} changed something of another's"
     assert called > 100
 
 
-@app.told(limit_sign_in=False)
-async def test_nobody_comes_in_without_a_key_or_a_session(it: Front):
-    ada = await settle_in(it)
-    before = belongings(it, ada)
-    for method, path in routes(it.app):
+@app_test(limit_sign_in=False)
+async def test_nobody_comes_in_without_a_key_or_a_session(app: InProcessApp):
+    ada = await settle_in(app)
+    before = belongings(app, ada)
+    for method, path in routes(app.asgi):
         url, body = filled(method, path, ada)
-        answer = await it.client().request(method, url, json=body, headers=ASYNC)
+        answer = await app.client().request(method, url, json=body, headers=ASYNC)
         told = f"{method} {url} as nobody: {answer.status_code} {answer.text[:300]}"
         if path not in PUBLIC and not path.startswith(AUTH):
             assert answer.status_code == 401 and answer.headers["WWW-Authenticate"].startswith("Bearer"), told
         if path not in PUBLIC:
             assert not [secret for secret in ada.secrets() if secret in answer.text + str(answer.headers)], told
-        assert belongings(it, ada) == before, told
+        assert belongings(app, ada) == before, told
 
 
-@told()
-async def test_the_owner_of_all_that_does_see_it(it: Front):
+@app_test()
+async def test_the_owner_of_all_that_does_see_it(app: InProcessApp):
     """Else the walk would prove nothing."""
-    ada = await settle_in(it)
-    person = Someone(ada.id, ada.key, it.client(ada.key))
+    ada = await settle_in(app)
+    person = ApiUser(ada.id, ada.key, app.client(ada.key))
     text = str([await person.read(path) for path in ("/api/jobs", "/api/credits/ledger", "/api/usage")])
     for secret in (PROMPT, KEY_NAME, NOTE, ada.file):
         assert secret in text
-    session = (await it.client(ada.token).get(f"{AUTH}/get-session")).text
+    session = (await app.client(ada.token).get(f"{AUTH}/get-session")).text
     assert NAME in session and ada.email in session
 
 
 def test_no_secret_is_in_any_log(tmp_path: Any, caplog: pytest.LogCaptureFixture):
     kept: list[str] = []
 
-    @told(limit_sign_in=False)
-    async def walk(it: Front) -> None:
-        ada = await settle_in(it)
-        kept.extend([ada.key, ada.token, it.services.auth.secret.text, PASSWORD])
-        for method, path in routes(it.app):
+    @app_test(limit_sign_in=False)
+    async def walk(app: InProcessApp) -> None:
+        ada = await settle_in(app)
+        kept.extend([ada.key, ada.token, app.services.auth.secret.text, PASSWORD])
+        for method, path in routes(app.asgi):
             url, body = filled(method, path, ada)
             if ada.token in url:
                 continue  # a link out of a mail: the server that stands in front may log it, this one does not
             for headers in ({"x-api-key": ada.key}, {"Cookie": f"better-auth.session_token={ada.token}.x"}):
-                await it.client().request(method, url, json=body, headers=headers | ASYNC)
-        await it.client(ada.key + "x").get("/api/credits")
+                await app.client().request(method, url, json=body, headers=headers | ASYNC)
+        await app.client(ada.key + "x").get("/api/credits")
 
     with caplog.at_level(logging.DEBUG):
         walk(tmp_path)

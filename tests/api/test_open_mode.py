@@ -7,35 +7,35 @@ import pytest
 from typer.testing import CliRunner
 
 from server import settings
-from server.cli import app
+from server.cli import app as cli
 from server.settings import OpenToAll, Settings
-from tests.support.app import GENERATE, Front, told
+from tests.support.app import GENERATE, InProcessApp, app_test
 
 BODY = {"prompt": "work", "model": "dear"}
 
 
-@told(open=True)
-async def test_no_key_is_needed_and_a_wrong_one_does_no_harm(it: Front):
-    for client in (it.client(), it.client("bnp_whatever")):
+@app_test(open=True)
+async def test_no_key_is_needed_and_a_wrong_one_does_no_harm(app: InProcessApp):
+    for client in (app.client(), app.client("bnp_whatever")):
         answer = await client.post(GENERATE, json=BODY)
         assert answer.status_code == 200, answer.text
         assert answer.headers["X-Credits-Charged"] == "4" and "RateLimit" not in answer.headers
-    assert (await it.client().get("/api/admin/users")).status_code == 200, "there is one user, who runs the server"
-    assert {row["email"] for row in it.rows("SELECT email FROM job JOIN user ON user.id = user_id")} == {
+    assert (await app.client().get("/api/admin/users")).status_code == 200, "there is one user, who runs the server"
+    assert {row["email"] for row in app.rows("SELECT email FROM job JOIN user ON user.id = user_id")} == {
         "owner@localhost"
     }
 
 
-@told(open=True)
-async def test_charges_are_recorded_and_never_refused(it: Front):
-    client = it.client()
-    owner = it.rows("SELECT * FROM user")[0]
-    with it.store.database.atomic() as db:
+@app_test(open=True)
+async def test_charges_are_recorded_and_never_refused(app: InProcessApp):
+    client = app.client()
+    owner = app.rows("SELECT * FROM user")[0]
+    with app.store.database.atomic() as db:
         db.execute("UPDATE user SET balance = 2, plan = 'free'")
     answers = await asyncio.gather(*(client.post(GENERATE, json=BODY) for _ in range(20)))
     assert {answer.status_code for answer in answers} == {200}
     assert (await client.get("/api/credits")).json()["balance"] == 0
-    entries = it.rows(
+    entries = app.rows(
         "SELECT kind, sum(amount) AS amount, count(*) AS n FROM ledger WHERE note IS NULL OR note = 'open'"
         " GROUP BY kind ORDER BY kind"
     )
@@ -43,9 +43,9 @@ async def test_charges_are_recorded_and_never_refused(it: Front):
     assert owner["role"] == "admin"
 
 
-@told(open=True, public_url="https://studio.example")
-async def test_pages_of_other_sites_may_not_use_it(it: Front):
-    client = it.client()
+@app_test(open=True, public_url="https://studio.example")
+async def test_pages_of_other_sites_may_not_use_it(app: InProcessApp):
+    client = app.client()
     for headers in (
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
@@ -80,13 +80,13 @@ def test_open_to_others_has_to_be_said_twice(host: str):
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path):
-    result = CliRunner().invoke(app, ["serve", "--open", "--host", "0.0.0.0", "--data", str(tmp_path / "data")])
+    result = CliRunner().invoke(cli, ["serve", "--open", "--host", "0.0.0.0", "--data", str(tmp_path / "data")])
     assert result.exit_code == 1
     assert "--open-to-the-network" in result.output and "Traceback" not in result.output
 
 
-@told()
-async def test_without_open_a_key_is_needed(it: Front):
-    refused = await it.client().post(GENERATE, json=BODY)
+@app_test()
+async def test_without_open_a_key_is_needed(app: InProcessApp):
+    refused = await app.client().post(GENERATE, json=BODY)
     assert (refused.status_code, refused.json()["code"]) == (401, "UNAUTHORIZED")
     assert refused.headers["WWW-Authenticate"].startswith("Bearer")

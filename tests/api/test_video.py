@@ -14,7 +14,7 @@ from pipelines.catalog.reader import load_catalog
 from pipelines.weights.pull import pull
 from server.files.store import FileStore
 from server.settings import Settings
-from tests.support.server import House, data_url, running
+from tests.support.server import LiveServer, data_url, running
 from tests.support.tiny import video as tiny_video
 from tests.support.video_files import boxes, moov_is_first, probe, write
 
@@ -79,7 +79,7 @@ WORKFLOWS = {"wan-t2v": ALL[:1], "wan-i2v": [ALL[1], ALL[3]], "wan-vace": ALL, "
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("videos")
     made = tiny_video.make_all_video(folder / "made")
     text = CATALOG
@@ -94,23 +94,23 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     for model in load_catalog(settings.weights_toml).models.values():
         if model.weights and model.weights.kind == "path":
             pull(model, settings.weights)
-    with running(settings) as it:
-        it.until(lambda: it.client.get("/readyz").is_success)
-        yield it
+    with running(settings) as server:
+        server.until(lambda: server.client.get("/readyz").is_success)
+        yield server
 
 
 def video_url(path: Path) -> str:
     return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def made_by(house: House, body: dict[str, Any]) -> Path:
+def made_by(live_server: LiveServer, body: dict[str, Any]) -> Path:
     """The file on disk, once it was checked that it is what the answer says and what a browser plays."""
-    answer = house.ask(GENERATE, {"prompt": "a red circle", "seed": 5} | body)
+    answer = live_server.ask(GENERATE, {"prompt": "a red circle", "seed": 5} | body)
     assert answer.status_code == 200, answer.text
     assert answer.json().keys() == {"videoUrl", "duration"}
     assert "X-Ignored-Fields" not in answer.headers
-    path = house.services.files.root / answer.json()["videoUrl"].rpartition("/")[2]
-    assert house.client.get(answer.json()["videoUrl"]).content == path.read_bytes()
+    path = live_server.services.files.root / answer.json()["videoUrl"].rpartition("/")[2]
+    assert live_server.client.get(answer.json()["videoUrl"]).content == path.read_bytes()
     seen = probe(path)
     assert (seen.codec, seen.pixels) == ("h264", "yuv420p")
     assert seen.duration_s == pytest.approx(answer.json()["duration"], abs=1e-3)
@@ -142,15 +142,15 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model": "wan-any", "workflow": "reference-to-video", "imageUrl": data_url(PICTURE)}, (80, 48), 9, 16),
     ],
 )
-def test_a_video_is_made(house: House, body: dict[str, Any], size: tuple[int, int], frames: int, fps: int):
-    seen = probe(made_by(house, body))
+def test_a_video_is_made(live_server: LiveServer, body: dict[str, Any], size: tuple[int, int], frames: int, fps: int):
+    seen = probe(made_by(live_server, body))
     assert (seen.size, seen.frames, seen.fps) == (size, frames, fps)
     assert seen.duration_s == pytest.approx(frames / fps, abs=1e-3)
 
 
 @pytest.mark.parametrize("model", ["wan-i2v", "wan-vace", "ltx"])
-def test_a_video_is_extended(house: House, footage: Path, model: str):
-    path = made_by(house, {"model": model, "videoUrl": video_url(footage), "duration": 0.5})
+def test_a_video_is_extended(live_server: LiveServer, footage: Path, model: str):
+    path = made_by(live_server, {"model": model, "videoUrl": video_url(footage), "duration": 0.5})
     seen = probe(path)
     added = {"wan-i2v": 8, "wan-vace": 8, "ltx": 16}[model]
     assert seen.frames == 20 + added
@@ -160,9 +160,9 @@ def test_a_video_is_extended(house: House, footage: Path, model: str):
 
 
 @pytest.mark.parametrize("model", ["wan-vace", "ltx"])
-def test_a_reference_video_is_followed(house: House, footage: Path, model: str):
+def test_a_reference_video_is_followed(live_server: LiveServer, footage: Path, model: str):
     body = {"model": model, "videoUrl": video_url(footage), "workflow": "reference-to-video"}
-    assert probe(made_by(house, body)).frames == {"wan-vace": 9, "ltx": 25}[model]
+    assert probe(made_by(live_server, body)).frames == {"wan-vace": 9, "ltx": 25}[model]
 
 
 def frames_apart(path: Path, one: int, other: int) -> float:
@@ -172,38 +172,38 @@ def frames_apart(path: Path, one: int, other: int) -> float:
     return float(np.abs(frames[one] - frames[other]).mean())
 
 
-def test_an_output_is_extended_again_from_its_own_url(house: House):
-    first = house.ask(GENERATE, {"prompt": "a", "model": "ltx", "duration": 0.5}).json()
-    again = house.ask(GENERATE, {"prompt": "a", "model": "ltx", "videoUrl": first["videoUrl"], "duration": 0.5})
+def test_an_output_is_extended_again_from_its_own_url(live_server: LiveServer):
+    first = live_server.ask(GENERATE, {"prompt": "a", "model": "ltx", "duration": 0.5}).json()
+    again = live_server.ask(GENERATE, {"prompt": "a", "model": "ltx", "videoUrl": first["videoUrl"], "duration": 0.5})
     assert again.status_code == 200, again.text
     assert again.json()["duration"] == pytest.approx(first["duration"] + 16 / 24, abs=1e-3)
 
 
 @pytest.mark.parametrize("model", ["wan-any", "ltx"])
-def test_a_seed_is_a_file(house: House, model: str):
-    assert made_by(house, {"model": model}).read_bytes() == made_by(house, {"model": model}).read_bytes()
+def test_a_seed_is_a_file(live_server: LiveServer, model: str):
+    assert made_by(live_server, {"model": model}).read_bytes() == made_by(live_server, {"model": model}).read_bytes()
 
 
-def test_the_price_is_by_the_second_that_was_asked_for(house: House):
-    answer = house.ask(GENERATE, {"prompt": "a", "model": "wan-any", "duration": 2})
+def test_the_price_is_by_the_second_that_was_asked_for(live_server: LiveServer):
+    answer = live_server.ask(GENERATE, {"prompt": "a", "model": "wan-any", "duration": 2})
     assert answer.headers["X-Credits-Charged"] == "4"
 
 
-def test_the_job_tells_which_variant_ran_and_its_progress_ends_with_writing(house: House):
-    answer = house.ask(GENERATE, {"prompt": "a", "model": "wan-any"})
-    job = house.read(f"/api/jobs/{answer.headers['X-Job-Id']}")
+def test_the_job_tells_which_variant_ran_and_its_progress_ends_with_writing(live_server: LiveServer):
+    answer = live_server.ask(GENERATE, {"prompt": "a", "model": "wan-any"})
+    job = live_server.read(f"/api/jobs/{answer.headers['X-Job-Id']}")
     assert (job["model"], job["output"]) == ("wan-t2v", answer.json())
 
 
-def test_a_running_job_is_cancelled_at_its_next_step_and_leaves_nothing(house: House):
-    balance, names = house.balance(), house.file_names()
+def test_a_running_job_is_cancelled_at_its_next_step_and_leaves_nothing(live_server: LiveServer):
+    balance, names = live_server.balance(), live_server.file_names()
     body = {"prompt": "a", "model": "wan-t2v", "numInferenceSteps": 100}
-    job = house.ask(GENERATE, body, Prefer="respond-async").json()["id"]
-    denoising = house.until(lambda: at_step(house.read(f"/api/jobs/{job}")))
+    job = live_server.ask(GENERATE, body, Prefer="respond-async").json()["id"]
+    denoising = live_server.until(lambda: at_step(live_server.read(f"/api/jobs/{job}")))
     assert denoising == {"phase": "denoise", "step": denoising["step"], "steps": 100, "secondsLeft": None}
-    house.client.post(f"/api/jobs/{job}/cancel").raise_for_status()
-    ended = house.until(lambda: ended_as(house.read(f"/api/jobs/{job}")))
-    assert (ended, house.balance(), house.file_names()) == ("cancelled", balance, names)
+    live_server.client.post(f"/api/jobs/{job}/cancel").raise_for_status()
+    ended = live_server.until(lambda: ended_as(live_server.read(f"/api/jobs/{job}")))
+    assert (ended, live_server.balance(), live_server.file_names()) == ("cancelled", balance, names)
 
 
 def at_step(job: dict[str, Any]) -> dict[str, Any] | None:
@@ -239,20 +239,22 @@ def test_a_poster_stays_and_goes_with_its_video(tmp_path: Path):
         ({"model": "ltx", "workflow": "extend"}, "VALIDATION_ERROR", "extend needs a video"),
     ],
 )
-def test_what_there_is_not_is_refused_with_what_there_is(house: House, body: dict[str, Any], code: str, words: str):
-    balance = house.balance()
-    answer = house.ask(GENERATE, {"prompt": "a"} | body)
+def test_what_there_is_not_is_refused_with_what_there_is(
+    live_server: LiveServer, body: dict[str, Any], code: str, words: str
+):
+    balance = live_server.balance()
+    answer = live_server.ask(GENERATE, {"prompt": "a"} | body)
     assert (answer.status_code, answer.json()["code"]) == (400, code), answer.text
     assert words in answer.json()["error"]
-    assert house.balance() == balance
+    assert live_server.balance() == balance
 
 
-def test_a_model_that_is_not_installed_says_what_to_pull(house: House):
-    answer = house.ask(GENERATE, {"prompt": "a", "model": "wan-none"})
+def test_a_model_that_is_not_installed_says_what_to_pull(live_server: LiveServer):
+    answer = live_server.ask(GENERATE, {"prompt": "a", "model": "wan-none"})
     assert (answer.status_code, answer.json()["install"]) == (503, "plantain pull wan-none")
 
 
-def test_variants_are_installed_if_one_is(house: House):
-    models = {each["id"]: each for each in house.read("/api/models")["models"]}
+def test_variants_are_installed_if_one_is(live_server: LiveServer):
+    models = {each["id"]: each for each in live_server.read("/api/models")["models"]}
     assert (models["wan-any"]["weights"], models["wan-any"]["runsOn"]) == ("installed", "local")
     assert models["wan-none"]["weights"] == "missing"

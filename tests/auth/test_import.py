@@ -16,14 +16,14 @@ from server.auth import importer, passwords
 from server.auth.credentials import find_by_email
 from server.auth.secret import Secret
 from server.auth.sessions import of_user
-from server.cli import app
+from server.cli import app as cli
 from server.db.database import Database
 from server.errors import BadRequest
 from server.jobs.store import JobStore
 from server.settings import Settings
 from server.timestamps import iso
 from tests.support import auth_server
-from tests.support.app import front
+from tests.support.app import serve_app
 
 NOW = 1_790_000_000.0
 SECRET = Secret("s" * 40)
@@ -151,18 +151,18 @@ def test_the_command_line(tmp_path: Path, theirs: Theirs):
     theirs.add_user("ada")
     Database(tmp_path / "data" / "plantain.sqlite").close()
     call = ["users", "import", str(theirs.path), "--data", str(tmp_path / "data")]
-    first = CliRunner().invoke(app, call)
+    first = CliRunner().invoke(cli, call)
     assert (first.exit_code, first.stdout.strip()) == (0, "1 users, 1 passwords, 0 sessions, 0 keys, 0 skipped")
-    assert CliRunner().invoke(app, call).stdout.strip() == "0 users, 0 passwords, 0 sessions, 0 keys, 1 skipped"
-    assert CliRunner().invoke(app, [*call[:2], "nowhere.sqlite", *call[3:]]).exit_code == 2
+    assert CliRunner().invoke(cli, call).stdout.strip() == "0 users, 0 passwords, 0 sessions, 0 keys, 1 skipped"
+    assert CliRunner().invoke(cli, [*call[:2], "nowhere.sqlite", *call[3:]]).exit_code == 2
 
 
 def test_the_owner_may_be_given_a_password(tmp_path: Path):
     store = JobStore(Database(tmp_path / "plantain.sqlite"))
     admin.create_owner(store.db, NOW)
     call = ["users", "password", "owner@localhost", "--data", str(tmp_path)]
-    assert CliRunner().invoke(app, call, input="short\nshort\n").exit_code == 2
-    assert CliRunner().invoke(app, call, input="long enough\nlong enough\n").exit_code == 0
+    assert CliRunner().invoke(cli, call, input="short\nshort\n").exit_code == 2
+    assert CliRunner().invoke(cli, call, input="long enough\nlong enough\n").exit_code == 0
     row = find_by_email(store.db, "owner@localhost")
     assert row and passwords.check_password(row["password"], "long enough")
     store.database.close()
@@ -186,12 +186,12 @@ def test_a_real_servers_users_go_on_as_before(tmp_path: Path, theirs: Theirs, mo
 async def _all_are_let_in(settings: Settings, theirs: Theirs, known: list[dict[str, str]]) -> None:
     import time
 
-    async with front(settings, time.time) as it:  # type: ignore[arg-type]
-        with it.services.jobs.database.atomic() as db:
-            brought = importer.import_database(db, it.services.auth.secret, theirs.path, time.time())
+    async with serve_app(settings, time.time) as app:  # type: ignore[arg-type]
+        with app.services.jobs.database.atomic() as db:
+            brought = importer.import_database(db, app.services.auth.secret, theirs.path, time.time())
         assert importer.summary(brought) == "2 users, 2 passwords, 2 sessions, 2 keys, 0 skipped"
         for person in known:
-            await _is_let_in(it.client(), person)
+            await _is_let_in(app.client(), person)
 
 
 async def _is_let_in(client: httpx.AsyncClient, person: dict[str, str]) -> None:

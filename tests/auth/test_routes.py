@@ -15,14 +15,14 @@ from server.auth import credentials
 from server.auth.sessions import DAY_S
 from server.settings import PROJECT
 from server.timestamps import iso
-from tests.support.app import NOW, Front, told
+from tests.support.app import NOW, InProcessApp, app_test
 
 PASSWORD = "correct horse"
 BODY = {"name": "Ada", "email": "ada@example.com", "password": PASSWORD}
 
 
-async def signed_up(it: Front, **more: Any) -> httpx.AsyncClient:
-    client = it.client()
+async def signed_up(app: InProcessApp, **more: Any) -> httpx.AsyncClient:
+    client = app.client()
     (await client.post("/api/auth/sign-up/email", json={**BODY, **more})).raise_for_status()
     client.headers["Origin"] = "http://127.0.0.1:8000"
     return client
@@ -32,88 +32,88 @@ async def session(client: httpx.AsyncClient, query: str = "") -> Any:
     return (await client.get(f"/api/auth/get-session{query}")).json()
 
 
-@told(limit_sign_in=False)
-async def test_a_session_is_lengthened_once_a_day(it: Front) -> None:
-    client = await signed_up(it)
+@app_test(limit_sign_in=False)
+async def test_a_session_is_lengthened_once_a_day(app: InProcessApp) -> None:
+    client = await signed_up(app)
     assert (await session(client))["session"]["expiresAt"] == iso(NOW + 7 * DAY_S)
-    it.clock.now = NOW + DAY_S - 60
+    app.clock.now = NOW + DAY_S - 60
     assert (await session(client))["session"]["expiresAt"] == iso(NOW + 7 * DAY_S)
-    it.clock.now = NOW + DAY_S + 60
+    app.clock.now = NOW + DAY_S + 60
     assert (await session(client, "?disableRefresh=true"))["session"]["expiresAt"] == iso(NOW + 7 * DAY_S)
     answer = await client.get("/api/credits")
     assert "Max-Age=604800" in answer.headers["set-cookie"]
-    assert (await session(client))["session"]["expiresAt"] == iso(it.clock.now + 7 * DAY_S)
+    assert (await session(client))["session"]["expiresAt"] == iso(app.clock.now + 7 * DAY_S)
 
 
-@told(limit_sign_in=False)
-async def test_an_expired_session_is_gone_and_its_cookie_cleared(it: Front) -> None:
-    client = await signed_up(it)
-    it.clock.now = NOW + 7 * DAY_S
+@app_test(limit_sign_in=False)
+async def test_an_expired_session_is_gone_and_its_cookie_cleared(app: InProcessApp) -> None:
+    client = await signed_up(app)
+    app.clock.now = NOW + 7 * DAY_S
     answer = await client.get("/api/auth/get-session")
     assert answer.json() is None and len(answer.headers.get_list("set-cookie")) == 3
-    assert it.rows("SELECT * FROM session") == []
+    assert app.rows("SELECT * FROM session") == []
     assert (await client.get("/api/credits")).status_code == 401
 
 
-@told(limit_sign_in=False)
-async def test_a_session_that_is_not_remembered_lives_a_day_however_it_is_used(it: Front) -> None:
-    client = await signed_up(it, rememberMe=False)
+@app_test(limit_sign_in=False)
+async def test_a_session_that_is_not_remembered_lives_a_day_however_it_is_used(app: InProcessApp) -> None:
+    client = await signed_up(app, rememberMe=False)
     token = (await session(client))["session"]["token"]
-    it.clock.now = NOW + DAY_S - 60
+    app.clock.now = NOW + DAY_S - 60
     bearer = {"Authorization": f"Bearer {token}"}
-    assert (await it.client().get("/api/credits", headers=bearer)).status_code == 200
+    assert (await app.client().get("/api/credits", headers=bearer)).status_code == 200
     assert (await session(client))["session"]["expiresAt"] == iso(NOW + DAY_S)
-    it.clock.now = NOW + DAY_S
+    app.clock.now = NOW + DAY_S
     assert await session(client) is None
 
 
-@told(limit_sign_in=False)
-async def test_neither_tokens_nor_passwords_are_in_the_database(it: Front) -> None:
-    client = await signed_up(it)
+@app_test(limit_sign_in=False)
+async def test_neither_tokens_nor_passwords_are_in_the_database(app: InProcessApp) -> None:
+    client = await signed_up(app)
     token = (await session(client))["session"]["token"]
     await client.post("/api/auth/request-password-reset", json={"email": BODY["email"]})
-    await it.services.auth.outbox.settle()
-    mail = json.loads((it.services.settings.data / "outbox.log").read_text())
+    await app.services.auth.outbox.settle()
+    mail = json.loads((app.services.settings.data / "outbox.log").read_text())
     reset = mail["text"].partition("/reset-password/")[2].partition("?")[0]
-    written = "\n".join(it.db.iterdump())
+    written = "\n".join(app.db.iterdump())
     assert "sealed" in written
     assert not [each for each in (token, PASSWORD, reset) if each in written]
 
 
-@told(limit_sign_in=False)
-async def test_a_reset_ends_every_session(it: Front) -> None:
-    client = await signed_up(it)
+@app_test(limit_sign_in=False)
+async def test_a_reset_ends_every_session(app: InProcessApp) -> None:
+    client = await signed_up(app)
     await client.post("/api/auth/request-password-reset", json={"email": "ADA@example.com"})
-    await it.services.auth.outbox.settle()
-    text = json.loads((it.services.settings.data / "outbox.log").read_text())["text"]
+    await app.services.auth.outbox.settle()
+    text = json.loads((app.services.settings.data / "outbox.log").read_text())["text"]
     token = text.partition("/reset-password/")[2].partition("?")[0]
     body = {"token": token, "newPassword": "another one"}
-    answers = await asyncio.gather(*(it.client().post("/api/auth/reset-password", json=body) for _ in range(3)))
+    answers = await asyncio.gather(*(app.client().post("/api/auth/reset-password", json=body) for _ in range(3)))
     assert sorted(answer.status_code for answer in answers) == [200, 400, 400], "a token works once"
     assert await session(client) is None
 
 
 def test_no_secret_is_in_any_log(tmp_path: Any, caplog: pytest.LogCaptureFixture):
-    @told(limit_sign_in=False)
-    async def story(it: Front) -> None:
+    @app_test(limit_sign_in=False)
+    async def story(app: InProcessApp) -> None:
         caplog.set_level(logging.DEBUG)
-        client = await signed_up(it)
+        client = await signed_up(app)
         token = (await session(client))["session"]["token"]
         created = await client.post("/api/auth/api-key/create", json={"name": "k"})
         await client.get("/api/credits", headers={"x-api-key": created.json()["key"]})
         await client.post("/api/auth/request-password-reset", json={"email": BODY["email"]})
-        await it.services.auth.outbox.settle()
-        reset = json.loads((it.services.settings.data / "outbox.log").read_text())["text"]
+        await app.services.auth.outbox.settle()
+        reset = json.loads((app.services.settings.data / "outbox.log").read_text())["text"]
         reset = reset.partition("/reset-password/")[2].partition("?")[0]
-        secrets = [token, created.json()["key"], reset, PASSWORD, it.services.auth.secret.text]
+        secrets = [token, created.json()["key"], reset, PASSWORD, app.services.auth.secret.text]
         assert not [each for each in secrets if each in caplog.text]
 
     story(tmp_path)
 
 
-@told(limit_sign_in=False)
-async def test_deleting_an_account_leaves_the_books_and_nothing_of_the_person(it: Front) -> None:
-    client = await signed_up(it)
+@app_test(limit_sign_in=False)
+async def test_deleting_an_account_leaves_the_books_and_nothing_of_the_person(app: InProcessApp) -> None:
+    client = await signed_up(app)
     user_id = (await session(client))["user"]["id"]
     made = await client.post("/api/image/fal/generate", json={"prompt": "my secret garden", "model": "plain"})
     assert made.status_code == 200
@@ -123,58 +123,58 @@ async def test_deleting_an_account_leaves_the_books_and_nothing_of_the_person(it
         headers={"Prefer": "respond-async"},
     )
     assert held.status_code == 202
-    await it.settle()
+    await app.settle()
     answer = await client.post("/api/auth/delete-user", json={"password": PASSWORD})
     assert answer.json() == {"success": True, "message": "User deleted"}
-    await it.settle()
-    assert (await it.client().get(made.json()["imageUrl"])).status_code == 404
-    written = "\n".join(it.db.iterdump())
+    await app.settle()
+    assert (await app.client().get(made.json()["imageUrl"])).status_code == 404
+    written = "\n".join(app.db.iterdump())
     assert "ada@example.com" not in written and "my secret garden" not in written
-    assert [row["status"] for row in it.rows("SELECT status FROM job ORDER BY seq")] == ["succeeded", "cancelled"]
-    assert [row["kind"] for row in it.rows("SELECT kind FROM ledger WHERE user_id = ?", user_id)] == [
+    assert [row["status"] for row in app.rows("SELECT status FROM job ORDER BY seq")] == ["succeeded", "cancelled"]
+    assert [row["kind"] for row in app.rows("SELECT kind FROM ledger WHERE user_id = ?", user_id)] == [
         "grant", "charge", "charge", "refund",
     ]  # fmt: skip
-    assert (await it.client().post("/api/auth/sign-up/email", json=BODY)).status_code == 200
+    assert (await app.client().post("/api/auth/sign-up/email", json=BODY)).status_code == 200
 
 
-@told(limit_sign_in=False)
-async def test_a_banned_user_is_out_at_once_until_the_ban_ends(it: Front) -> None:
-    client = await signed_up(it)
-    it.db.execute("UPDATE user SET banned = 1, banExpires = ? WHERE email = ?", [iso(NOW + 60), BODY["email"]])
+@app_test(limit_sign_in=False)
+async def test_a_banned_user_is_out_at_once_until_the_ban_ends(app: InProcessApp) -> None:
+    client = await signed_up(app)
+    app.db.execute("UPDATE user SET banned = 1, banExpires = ? WHERE email = ?", [iso(NOW + 60), BODY["email"]])
     assert await session(client) is None
-    refused = await it.client().post("/api/auth/sign-in/email", json=BODY)
+    refused = await app.client().post("/api/auth/sign-in/email", json=BODY)
     assert (refused.status_code, refused.json()["code"]) == (403, "BANNED_USER")
-    it.clock.now = NOW + 61
-    assert (await it.client().post("/api/auth/sign-in/email", json=BODY)).status_code == 200
+    app.clock.now = NOW + 61
+    assert (await app.client().post("/api/auth/sign-in/email", json=BODY)).status_code == 200
 
 
-@told(limit_sign_in=False)
-async def test_a_password_that_is_changed_while_it_is_checked_opens_nothing(it: Front) -> None:
-    await signed_up(it)
-    user = credentials.find_by_email(it.db, BODY["email"])
+@app_test(limit_sign_in=False)
+async def test_a_password_that_is_changed_while_it_is_checked_opens_nothing(app: InProcessApp) -> None:
+    await signed_up(app)
+    user = credentials.find_by_email(app.db, BODY["email"])
     assert user
-    checked = it.services.auth.passwords.matches
+    checked = app.services.auth.passwords.matches
 
     async def checks_slowly(stored: str | None, password: str) -> bool:
         matched = await checked(stored, password)
-        credentials.change_password(it.db, user["id"], "another hash", NOW)
+        credentials.change_password(app.db, user["id"], "another hash", NOW)
         return matched
 
-    it.services.auth.passwords.matches = checks_slowly  # type: ignore[method-assign]
-    refused = await it.client().post("/api/auth/sign-in/email", json=BODY)
+    app.services.auth.passwords.matches = checks_slowly  # type: ignore[method-assign]
+    refused = await app.client().post("/api/auth/sign-in/email", json=BODY)
     assert (refused.status_code, refused.json()["code"]) == (401, "INVALID_EMAIL_OR_PASSWORD")
-    assert it.rows("SELECT * FROM session") == []
+    assert app.rows("SELECT * FROM session") == []
 
 
-@told()
-async def test_attempts_to_sign_in_are_limited(it: Front) -> None:
-    client = it.client()
+@app_test()
+async def test_attempts_to_sign_in_are_limited(app: InProcessApp) -> None:
+    client = app.client()
     body = {"email": "ada@example.com", "password": "guess"}
     answers = [await client.post("/api/auth/sign-in/email", json=body) for _ in range(4)]
     assert [answer.status_code for answer in answers] == [401, 401, 401, 429]
     assert answers[3].headers["x-retry-after"] == answers[3].headers["retry-after"] == "10"
     assert answers[3].json()["message"] == "Too many requests. Please try again later."
-    it.clock.now += 10
+    app.clock.now += 10
     assert (await client.post("/api/auth/sign-in/email", json=body)).status_code == 401
 
 
@@ -201,9 +201,9 @@ def test_every_route_is_in_the_docs():
     ],
 )
 def test_what_there_is_not_is_404_without_a_body(tmp_path: Any, method: str, path: str):
-    @told()
-    async def story(it: Front) -> None:
-        answer = await it.client().request(method, path)
+    @app_test()
+    async def story(app: InProcessApp) -> None:
+        answer = await app.client().request(method, path)
         assert (answer.status_code, answer.content) == (404, b"")
 
     story(tmp_path)
@@ -226,63 +226,63 @@ BAD_BODIES = [
 
 @pytest.mark.parametrize(("body", "kind", "status", "code"), BAD_BODIES)
 def test_bad_bodies(tmp_path: Any, body: bytes, kind: str, status: int, code: str):
-    @told()
-    async def story(it: Front) -> None:
-        answer = await it.client().post("/api/auth/sign-up/email", content=body, headers={"content-type": kind})
+    @app_test()
+    async def story(app: InProcessApp) -> None:
+        answer = await app.client().post("/api/auth/sign-up/email", content=body, headers={"content-type": kind})
         assert (answer.status_code, answer.json()["code"]) == (status, code)
-        assert it.rows("SELECT count(*) AS users FROM user") == [{"users": 1}]
+        assert app.rows("SELECT count(*) AS users FROM user") == [{"users": 1}]
 
     story(tmp_path)
 
 
-@told()
-async def test_what_is_wrong_with_a_body_is_told_in_the_real_words(it: Front) -> None:
-    answer = await it.client().post("/api/auth/sign-up/email", json={"name": 5, "email": "a@b.co"})
+@app_test()
+async def test_what_is_wrong_with_a_body_is_told_in_the_real_words(app: InProcessApp) -> None:
+    answer = await app.client().post("/api/auth/sign-up/email", json={"name": 5, "email": "a@b.co"})
     assert answer.json()["message"] == (
         "[body.name] Invalid input: expected string, received number; "
         "[body.password] Invalid input: expected string, received undefined"
     )
 
 
-@told(limit_sign_in=False)
-async def test_forms_sign_in_too_and_headers_full_of_garbage_are_no_session(it: Front) -> None:
-    await signed_up(it)
+@app_test(limit_sign_in=False)
+async def test_forms_sign_in_too_and_headers_full_of_garbage_are_no_session(app: InProcessApp) -> None:
+    await signed_up(app)
     form = {"email": BODY["email"], "password": PASSWORD}
-    assert (await it.client().post("/api/auth/sign-in/email", data=form)).status_code == 200
+    assert (await app.client().post("/api/auth/sign-in/email", data=form)).status_code == 200
     for garbage in ("Bearer ", "Bearer .", "Bearer a.b", "Basic eDp5", "Bearer \u00e9".encode().decode("latin-1")):
         headers = {"authorization": garbage, "cookie": "better-auth.session_token=%zz%; ;=;x"}
-        answer = await it.client().get("/api/auth/get-session", headers=httpx.Headers(headers, "latin-1"))
+        answer = await app.client().get("/api/auth/get-session", headers=httpx.Headers(headers, "latin-1"))
         assert (answer.status_code, answer.json()) == (200, None)
 
 
-@told(public_url="https://plantain.example", limit_sign_in=False)
-async def test_over_https_cookies_are_secure(it: Front) -> None:
-    answer = await it.client().post("/api/auth/sign-up/email", json=BODY)
+@app_test(public_url="https://plantain.example", limit_sign_in=False)
+async def test_over_https_cookies_are_secure(app: InProcessApp) -> None:
+    answer = await app.client().post("/api/auth/sign-up/email", json=BODY)
     line = answer.headers["set-cookie"]
     assert line.startswith("__Secure-better-auth.session_token=") and "; Secure; SameSite=Lax" in line
 
 
-@told(limit_sign_in=False)
-async def test_sign_up_gives_ten_credits_and_no_rights(it: Front) -> None:
-    client = await signed_up(it, plan="pro", balance=9999, emailVerified=True, id="mine")
-    row = it.rows("SELECT * FROM user WHERE email = ?", BODY["email"])[0]
+@app_test(limit_sign_in=False)
+async def test_sign_up_gives_ten_credits_and_no_rights(app: InProcessApp) -> None:
+    client = await signed_up(app, plan="pro", balance=9999, emailVerified=True, id="mine")
+    row = app.rows("SELECT * FROM user WHERE email = ?", BODY["email"])[0]
     assert [row[name] for name in ("role", "plan", "balance", "emailVerified")] == ["user", "free", 10, 0]
-    refused = await it.client().post("/api/auth/sign-up/email", json={**BODY, "role": "admin"})
+    refused = await app.client().post("/api/auth/sign-up/email", json={**BODY, "role": "admin"})
     assert refused.json()["code"] == "FIELD_NOT_ALLOWED"
     assert (await client.get("/api/credits")).json()["balance"] == 10
 
 
-@told(limit_sign_in=False)
-async def test_two_sign_ups_at_once_make_one_user(it: Front) -> None:
-    answers = await asyncio.gather(*(it.client().post("/api/auth/sign-up/email", json=BODY) for _ in range(4)))
+@app_test(limit_sign_in=False)
+async def test_two_sign_ups_at_once_make_one_user(app: InProcessApp) -> None:
+    answers = await asyncio.gather(*(app.client().post("/api/auth/sign-up/email", json=BODY) for _ in range(4)))
     assert sorted(answer.status_code for answer in answers) == [200, 422, 422, 422]
-    assert len(it.rows("SELECT * FROM ledger WHERE note = 'sign-up' AND user_id != ''")) == 2, "the owner's and Ada's"
+    assert len(app.rows("SELECT * FROM ledger WHERE note = 'sign-up' AND user_id != ''")) == 2, "the owner's and Ada's"
 
 
-@told(limit_sign_in=False)
-async def test_a_forged_cookie_is_no_session(it: Front) -> None:
-    token = (await session(await signed_up(it)))["session"]["token"]
+@app_test(limit_sign_in=False)
+async def test_a_forged_cookie_is_no_session(app: InProcessApp) -> None:
+    token = (await session(await signed_up(app)))["session"]["token"]
     forged = f"{token}.{base64.b64encode(bytes(32)).decode()}"
     for cookie in (token, forged):
         headers = {"cookie": f"better-auth.session_token={cookie}"}
-        assert (await it.client().get("/api/credits", headers=headers)).status_code == 401
+        assert (await app.client().get("/api/credits", headers=headers)).status_code == 401

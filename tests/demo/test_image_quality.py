@@ -32,7 +32,7 @@ from scripts.demo.image_analysis import look
 from scripts.demo.scenes import Scene, draw_still
 from server.settings import PROJECT, Settings
 from tests.pipelines.test_quantization import table
-from tests.support.server import GENERATE, House, data_url, running
+from tests.support.server import GENERATE, LiveServer, data_url, running
 from tests.support.tiny import flux as tiny_flux
 from tests.support.tiny.gguf import tensors_of, write_gguf
 
@@ -121,11 +121,11 @@ def test_compiled(demo: Weights):
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """With the catalogue that is shipped, and nothing installed."""
-    with running(replace(Settings(), data=tmp_path_factory.mktemp("data"))) as it:
-        it.until(lambda: it.client.get("/readyz").is_success)
-        yield it
+    with running(replace(Settings(), data=tmp_path_factory.mktemp("data"))) as server:
+        server.until(lambda: server.client.get("/readyz").is_success)
+        yield server
 
 
 def body(**more: Any) -> dict[str, Any]:
@@ -133,22 +133,22 @@ def body(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", ["flux-schnell", "flux-dev", "flux-kontext"])
-def test_each_model_of_the_family(house: House, model: str):
-    answer = house.ask(GENERATE, body(model=model))
+def test_each_model_of_the_family(live_server: LiveServer, model: str):
+    answer = live_server.ask(GENERATE, body(model=model))
     assert answer.status_code == 200 and answer.headers["x-weights"] == "demo"
-    assert shows(house.picture(answer.json()["imageUrl"]))
+    assert shows(live_server.picture(answer.json()["imageUrl"]))
 
 
-def test_a_job_that_a_crash_began_anew(house: House):
-    job = house.ask(GENERATE, body(model="flux-dev", numInferenceSteps=50), Prefer="respond-async").json()
+def test_a_job_that_a_crash_began_anew(live_server: LiveServer):
+    job = live_server.ask(GENERATE, body(model="flux-dev", numInferenceSteps=50), Prefer="respond-async").json()
     route = f"/api/jobs/{job['id']}"
-    house.until(lambda: (house.read(route)["progress"] or {}).get("step", 0) > 2)
-    worker = house.services.dispatcher.state.workers["cpu"].supervisor.pid
+    live_server.until(lambda: (live_server.read(route)["progress"] or {}).get("step", 0) > 2)
+    worker = live_server.services.dispatcher.state.workers["cpu"].supervisor.pid
     assert worker
     os.kill(worker, signal.SIGKILL)
-    done = house.until(lambda: (told := house.read(route))["status"] == "succeeded" and told)
+    done = live_server.until(lambda: (told := live_server.read(route))["status"] == "succeeded" and told)
     assert worker not in psutil.pids()
-    assert shows(house.picture(done["output"]["imageUrl"]))
+    assert shows(live_server.picture(done["output"]["imageUrl"]))
 
 
 CALL = """
@@ -160,60 +160,60 @@ process.stdout.write(Buffer.from(await picture.arrayBuffer()).toString("base64")
 """
 
 
-def by_curl(house: House, base: str) -> bytes:
-    call = ["curl", "-sf", "-H", f"Authorization: Bearer {house.key}"]
+def by_curl(live_server: LiveServer, base: str) -> bytes:
+    call = ["curl", "-sf", "-H", f"Authorization: Bearer {live_server.key}"]
     made = subprocess.run([*call, base + GENERATE, "-d", json.dumps(body())], capture_output=True, check=True)
     return subprocess.run([*call, json.loads(made.stdout)["imageUrl"]], capture_output=True, check=True).stdout
 
 
-def by_fetch(house: House, base: str) -> bytes:
-    call = ["node", "--input-type=module", "-", base, house.key, json.dumps(body())]
+def by_fetch(live_server: LiveServer, base: str) -> bytes:
+    call = ["node", "--input-type=module", "-", base, live_server.key, json.dumps(body())]
     made = subprocess.run(call, input=CALL.encode(), capture_output=True, check=True)
     return base64.b64decode(made.stdout)
 
 
-def by_httpx(house: House, base: str) -> bytes:
-    headers = {"Authorization": f"Bearer {house.key}"}
+def by_httpx(live_server: LiveServer, base: str) -> bytes:
+    headers = {"Authorization": f"Bearer {live_server.key}"}
     answer = httpx.post(base + GENERATE, json=body(), headers=headers, timeout=60).raise_for_status()
     return httpx.get(answer.json()["imageUrl"], headers=headers).raise_for_status().content
 
 
 @pytest.mark.parametrize("call", [by_curl, by_fetch, by_httpx])
-def test_each_client(house: House, call: Any):
-    picture = call(house, str(house.client.base_url).rstrip("/"))
+def test_each_client(live_server: LiveServer, call: Any):
+    picture = call(live_server, str(live_server.client.base_url).rstrip("/"))
     assert shows(Image.open(io.BytesIO(picture)))
 
 
-def test_the_readmes_picture_is_what_its_command_makes(house: House):
+def test_the_readmes_picture_is_what_its_command_makes(live_server: LiveServer):
     """But for what other processors round otherwise."""
     readme = (PROJECT / "README.md").read_text()
     [wish] = [json.loads(each) for each in re.findall(r"-d '(\{.*\})'", readme) if "prompt" in each]
     assert readme.index(json.dumps(wish)) < readme.index("](docs/star.png)")
-    picture = house.picture(house.ask(GENERATE, wish).json()["imageUrl"])
+    picture = live_server.picture(live_server.ask(GENERATE, wish).json()["imageUrl"])
     shown = np.asarray(Image.open(PROJECT / "docs/star.png").convert("RGB")).astype(float)
     assert np.abs(np.asarray(picture.convert("RGB")) - shown).mean() < 4
     assert shows(shown, "star", "yellow", "blue")
 
 
-def test_an_edit_changes_what_was_asked_for(house: House):
+def test_an_edit_changes_what_was_asked_for(live_server: LiveServer):
     before = picture_of(draw_still(Scene("circle", "red", "large", "center", "blue"), 256, 256))
     assert shows(before)
     edit = {"prompt": "make the circle green", "model": "flux-kontext", "imageUrl": data_url(before), "seed": 3}
-    answer = house.ask(GENERATE, edit)
-    assert shows(house.picture(answer.json()["imageUrl"]), colour="green")
+    answer = live_server.ask(GENERATE, edit)
+    assert shows(live_server.picture(answer.json()["imageUrl"]), colour="green")
 
 
-def test_a_picture_from_a_picture_keeps_its_layout(house: House):
+def test_a_picture_from_a_picture_keeps_its_layout(live_server: LiveServer):
     before = picture_of(draw_still(Scene("circle", "yellow", "large", "right", "blue"), 256, 256))
     wish = {"prompt": "a large red circle on the right on a blue background", "model": "flux-dev"}
-    answer = house.ask(GENERATE, wish | {"imageUrl": data_url(before), "seed": 3})
-    picture = house.picture(answer.json()["imageUrl"])
+    answer = live_server.ask(GENERATE, wish | {"imageUrl": data_url(before), "seed": 3})
+    picture = live_server.picture(answer.json()["imageUrl"])
     seen, asked = look(np.asarray(picture)), look(np.asarray(before))
     assert shows(picture) and seen and asked
     assert np.hypot(seen.x - asked.x, seen.y - asked.y) < 0.08
 
 
-def test_what_it_does_not_know_gives_something_harmless(house: House):
-    answer = house.ask(GENERATE, body(prompt="a photorealistic cat, eating, at night"))
+def test_what_it_does_not_know_gives_something_harmless(live_server: LiveServer):
+    answer = live_server.ask(GENERATE, body(prompt="a photorealistic cat, eating, at night"))
     assert answer.status_code == 200
-    assert house.picture(answer.json()["imageUrl"]).size == (256, 256)
+    assert live_server.picture(answer.json()["imageUrl"]).size == (256, 256)

@@ -23,7 +23,7 @@ from pipelines.weights.installed import Installed
 from pipelines.weights.pull import pull
 from pipelines.weights.verify import verify_demo
 from server import services
-from server.cli import app
+from server.cli import app as cli
 from server.cli.doctor import examine
 from server.cli.serve import _print_startup
 from server.errors import ModelNotInstalled, PlantainError, RemoteUnavailable, UnsupportedWorkflow
@@ -32,8 +32,8 @@ from server.model_registry import ModelRegistry
 from server.settings import PROJECT, Settings
 from tests.api.test_video import video_url
 from tests.support import demo
-from tests.support.app import Front, front
-from tests.support.server import CPU, House, data_url, running
+from tests.support.app import InProcessApp, serve_app
+from tests.support.server import CPU, LiveServer, data_url, running
 from tests.support.tiny import flux as tiny_flux
 from tests.support.tiny import lora as tiny_lora
 from tests.support.video_files import boxes, probe, write
@@ -45,7 +45,7 @@ PICTURE = Image.linear_gradient("L").resize((160, 96)).convert("RGB")
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return demo.furnish(tmp_path_factory.mktemp("demo"))
+    return demo.install_test_models(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture
@@ -56,13 +56,13 @@ def mine(settings: Settings, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def house(settings: Settings) -> Iterator[House]:
+def live_server(settings: Settings) -> Iterator[LiveServer]:
     """Its worker has one thread: networks this small gain nothing from more, and lose much on a busy machine."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("OMP_NUM_THREADS", "1")
-        with running(settings) as it:
-            it.until(lambda: it.client.get("/readyz").is_success)
-            yield it
+        with running(settings) as server:
+            server.until(lambda: server.client.get("/readyz").is_success)
+            yield server
 
 
 def shelf_of(settings: Settings) -> ModelRegistry:
@@ -75,13 +75,13 @@ def install(settings: Settings, folder: Path, model: str = "flux-dev") -> None:
     import_folder(folder, settings.weights, catalog, model=catalog.find(model), accept_licence=True)
 
 
-def ask(house: House, model: str, **body: Any) -> httpx.Response:
+def ask(live_server: LiveServer, model: str, **body: Any) -> httpx.Response:
     route = IMAGES if model in FLUX else VIDEOS
-    return house.ask(route, {"prompt": "a red circle", "model": model, "seed": 5} | body)
+    return live_server.ask(route, {"prompt": "a red circle", "model": model, "seed": 5} | body)
 
 
-def job_of(house: House, answer: httpx.Response) -> dict[str, Any]:
-    return house.read(f"/api/jobs/{answer.headers['x-job-id']}")
+def job_of(live_server: LiveServer, answer: httpx.Response) -> dict[str, Any]:
+    return live_server.read(f"/api/jobs/{answer.headers['x-job-id']}")
 
 
 # What it makes
@@ -89,41 +89,41 @@ def job_of(house: House, answer: httpx.Response) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", FLUX)
 @pytest.mark.parametrize(("ratio", "size"), [(None, (256, 256)), ("16:9", (448, 256)), ("9:21", (256, 576))])
-def test_pictures_of_its_own_sizes(house: House, model: str, ratio: str | None, size: tuple[int, int]):
-    answer = ask(house, model, **({"aspectRatio": ratio} if ratio else {}))
+def test_pictures_of_its_own_sizes(live_server: LiveServer, model: str, ratio: str | None, size: tuple[int, int]):
+    answer = ask(live_server, model, **({"aspectRatio": ratio} if ratio else {}))
     assert answer.status_code == 200, answer.text
-    assert house.picture(answer.json()["imageUrl"]).size == size
+    assert live_server.picture(answer.json()["imageUrl"]).size == size
     assert "x-ignored-fields" not in answer.headers
-    assert job_of(house, answer)["params"]["numInferenceSteps"] == 8
+    assert job_of(live_server, answer)["params"]["numInferenceSteps"] == 8
 
 
 @pytest.mark.parametrize("model", FLUX)
-def test_pictures_from_pictures_keep_their_shape_at_its_own_area(house: House, model: str):
-    answer = ask(house, model, imageUrl=data_url(PICTURE))
-    assert house.picture(answer.json()["imageUrl"]).size == (320, 192)
+def test_pictures_from_pictures_keep_their_shape_at_its_own_area(live_server: LiveServer, model: str):
+    answer = ask(live_server, model, imageUrl=data_url(PICTURE))
+    assert live_server.picture(answer.json()["imageUrl"]).size == (320, 192)
 
 
-def test_what_the_caller_may_set_is_what_the_model_lets_them_set(house: House):
-    answer = ask(house, "flux-schnell", numInferenceSteps=2, guidanceScale=3.0)
-    assert job_of(house, answer)["params"]["numInferenceSteps"] == 2
+def test_what_the_caller_may_set_is_what_the_model_lets_them_set(live_server: LiveServer):
+    answer = ask(live_server, "flux-schnell", numInferenceSteps=2, guidanceScale=3.0)
+    assert job_of(live_server, answer)["params"]["numInferenceSteps"] == 2
     assert answer.headers["x-ignored-fields"] == "guidanceScale"
-    refused = ask(house, "flux-schnell", aspectRatio="2:1")
+    refused = ask(live_server, "flux-schnell", aspectRatio="2:1")
     assert (refused.status_code, refused.json()["code"]) == (400, "UNSUPPORTED_ASPECT_RATIO")
 
 
-def test_kontext_edits_several_pictures_on_the_weights_that_the_others_make_them_with(house: House):
+def test_kontext_edits_several_pictures_on_the_weights_that_the_others_make_them_with(live_server: LiveServer):
     """Which image-to-image of Flux cannot: it is Kontext's own recipe."""
     pictures = [data_url(PICTURE), data_url(PICTURE.rotate(180))]
-    answer = ask(house, "flux-kontext", imageUrls=pictures, numInferenceSteps=1)
+    answer = ask(live_server, "flux-kontext", imageUrls=pictures, numInferenceSteps=1)
     assert answer.status_code == 200, answer.text
-    refused = ask(house, "flux-dev", imageUrls=pictures, numInferenceSteps=1)
+    refused = ask(live_server, "flux-dev", imageUrls=pictures, numInferenceSteps=1)
     assert refused.json()["code"] == "INVALID_MEDIA"
 
 
-def test_the_models_of_a_family_share_one_copy(house: House):
+def test_the_models_of_a_family_share_one_copy(live_server: LiveServer):
     for model in ("flux-dev", "flux-schnell", "flux-kontext"):
-        assert ask(house, model, numInferenceSteps=1).status_code == 200
-    [device] = house.read("/api/admin/devices")["devices"]
+        assert ask(live_server, model, numInferenceSteps=1).status_code == 200
+    [device] = live_server.read("/api/admin/devices")["devices"]
     held = [(each["name"], each["models"]) for each in device["components"] if "flux-dev" in each["models"]]
     assert sorted(name for name, _ in held) == sorted(tiny_flux.FLUX_COMPONENTS)
     assert all({*FLUX} <= {*models} for _, models in held)
@@ -139,24 +139,24 @@ def test_the_models_of_a_family_share_one_copy(house: House):
     ],
 )
 def test_clips_of_its_own_sizes_and_length(
-    house: House, model: str, body: dict[str, Any], size: tuple[int, int], duration: float
+    live_server: LiveServer, model: str, body: dict[str, Any], size: tuple[int, int], duration: float
 ):
-    answer = ask(house, model, **body)
+    answer = ask(live_server, model, **body)
     assert answer.status_code == 200, answer.text
-    seen = probe(house.services.files.root / answer.json()["videoUrl"].rpartition("/")[2])
+    seen = probe(live_server.services.files.root / answer.json()["videoUrl"].rpartition("/")[2])
     assert seen.size == size
     assert answer.json()["duration"] == pytest.approx(duration, abs=1e-3)
-    params = job_of(house, answer)["params"]
+    params = job_of(live_server, answer)["params"]
     usual = (12, 3.0, "") if model == "ltx-video" else (8, 2.0, "")
     assert (params["numInferenceSteps"], params["guidanceScale"], params["negativePrompt"]) == usual
 
 
-def test_all_that_wan_does(house: House, tmp_path: Path):
+def test_all_that_wan_does(live_server: LiveServer, tmp_path: Path):
     """Whichever variant it stands for: one network does it all."""
     footage = write(tmp_path / "in.mp4", boxes(20, 64, 48), 16)
     pictures = {"imageUrls": [data_url(PICTURE)], "workflow": "reference-to-video"}
     for body in (pictures, {"videoUrl": video_url(footage)}):
-        answer = ask(house, "wan-2.1", numInferenceSteps=1, duration=0.5, **body)
+        answer = ask(live_server, "wan-2.1", numInferenceSteps=1, duration=0.5, **body)
         assert answer.status_code == 200, answer.text
         assert answer.headers["x-weights"] == "demo"
 
@@ -164,8 +164,8 @@ def test_all_that_wan_does(house: House, tmp_path: Path):
 # How it is told
 
 
-def test_the_models_list_tells(house: House):
-    models = {model["id"]: model for model in house.read("/api/models")["models"]}
+def test_the_models_list_tells(live_server: LiveServer):
+    models = {model["id"]: model for model in live_server.read("/api/models")["models"]}
     told = {name for name, model in models.items() if model["weights"] == "demo"}
     here = {
         name for name, model in models.items() if name.startswith(("flux", "wan", "ltx")) and model["runsOn"] != "fal"
@@ -174,18 +174,20 @@ def test_the_models_list_tells(house: House):
     assert models["flux-pro"]["weights"] == "none" and models["u2net"]["weights"] == "missing"
 
 
-def test_answers_and_jobs_tell(house: House):
-    answer = ask(house, "flux-dev", numInferenceSteps=1)
+def test_answers_and_jobs_tell(live_server: LiveServer):
+    answer = ask(live_server, "flux-dev", numInferenceSteps=1)
     assert (answer.headers["x-weights"], answer.headers["x-served-by"]) == ("demo", "local")
-    looked = house.client.get(f"/api/jobs/{answer.headers['x-job-id']}")
+    looked = live_server.client.get(f"/api/jobs/{answer.headers['x-job-id']}")
     assert (looked.headers["x-weights"], looked.json()["weights"], looked.json()["model"]) == (
         "demo",
         "demo",
         "flux-dev",
     )
-    accepted = house.ask(IMAGES, {"prompt": "a", "model": "flux-dev", "numInferenceSteps": 1}, Prefer="respond-async")
+    accepted = live_server.ask(
+        IMAGES, {"prompt": "a", "model": "flux-dev", "numInferenceSteps": 1}, Prefer="respond-async"
+    )
     assert (accepted.status_code, accepted.headers["x-weights"], accepted.json()["weights"]) == (202, "demo", "demo")
-    assert {job["weights"] for job in house.read("/api/jobs")["jobs"]} == {"demo"}
+    assert {job["weights"] for job in live_server.read("/api/jobs")["jobs"]} == {"demo"}
 
 
 def test_the_start_tells(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -199,9 +201,9 @@ def test_the_start_tells(settings: Settings, tmp_path: Path, capsys: pytest.Capt
 
 def test_the_commands_tell(mine: Settings, tmp_path: Path):
     words = ["models", "--data", str(mine.data), "--weights-toml", str(mine.weights_toml)]
-    row = next(line for line in CliRunner().invoke(app, words).output.splitlines() if line.startswith("flux-dev "))
+    row = next(line for line in CliRunner().invoke(cli, words).output.splitlines() if line.startswith("flux-dev "))
     assert "demo" in row.split()
-    assert " demo " not in CliRunner().invoke(app, [*words, "--no-demo"]).output
+    assert " demo " not in CliRunner().invoke(cli, [*words, "--no-demo"]).output
     found = [each.text for each in examine(mine, load_catalog(mine.weights_toml), [CPU]) if each.subject == "weights"]
     assert "ltx-video runs on demo weights; the real ones: plantain pull ltx-video" in found
     install(mine, tmp_path / "dev")
@@ -286,17 +288,17 @@ def test_wan_itself_picks_an_installed_variant_before_the_demo(settings: Setting
 
 def tell(settings: Settings, story: Any) -> Any:
     async def run() -> Any:
-        async with front(settings) as it:
-            return await story(it)
+        async with serve_app(settings) as app:
+            return await story(app)
 
     return asyncio.run(run())
 
 
-async def queue_two(it: Front) -> list[str]:
+async def queue_two(app: InProcessApp) -> list[str]:
     """One job that runs, one that waits behind it."""
-    owner = it.owner()
+    owner = app.owner()
     answers = [await owner.make("hold", "flux-dev", Prefer="respond-async") for _ in range(2)]
-    await it.settle()
+    await app.settle()
     return [answer.json()["id"] for answer in answers]
 
 
@@ -304,16 +306,16 @@ def test_after_a_restart_they_run_on_it_still_and_the_next_one_on_what_was_insta
     ids = tell(mine, queue_two)
     install(mine, tmp_path / "dev")
 
-    async def again(it: Front) -> list[tuple[str, str]]:
-        answer = await it.owner().make("hold", "flux-dev", Prefer="respond-async")
+    async def again(app: InProcessApp) -> list[tuple[str, str]]:
+        answer = await app.owner().make("hold", "flux-dev", Prefer="respond-async")
         assert (answer.json()["weights"], "x-weights" in answer.headers) == ("installed", False)
         ids.append(answer.json()["id"])
         ran = []
         for _ in ids:
-            await it.settle()
-            [run] = it.workers[0].held
+            await app.settle()
+            [run] = app.workers[0].held
             ran.append((run.job_id, run.weights.model))
-            it.release(holds=True)
+            app.release(holds=True)
         return ran
 
     assert tell(mine, again) == list(zip(ids, ["flux-dev+demo", "flux-dev+demo", "flux-dev"], strict=True))
@@ -322,20 +324,20 @@ def test_after_a_restart_they_run_on_it_still_and_the_next_one_on_what_was_insta
 def test_without_it_they_fail_and_are_refunded(mine: Settings):
     ids = tell(mine, queue_two)
 
-    async def again(it: Front) -> None:
+    async def again(app: InProcessApp) -> None:
         for job_id in ids:
-            job = await it.owner().read(f"/api/jobs/{job_id}")
+            job = await app.owner().read(f"/api/jobs/{job_id}")
             assert (job["status"], job["error"]["code"]) == ("failed", "MODEL_NOT_INSTALLED")
-        kinds = [row["kind"] for row in it.rows("SELECT kind FROM ledger WHERE job_id = ? ORDER BY id", ids[1])]
+        kinds = [row["kind"] for row in app.rows("SELECT kind FROM ledger WHERE job_id = ? ORDER BY id", ids[1])]
         assert kinds == ["charge", "refund"]
 
     tell(replace(mine, demo=False), again)
 
 
 def test_what_it_takes_is_learned_apart_from_the_model(mine: Settings):
-    async def story(it: Front) -> list[str]:
-        await it.owner().make("work", "flux-dev")
-        return [row["model"] for row in it.rows("SELECT model FROM timing")]
+    async def story(app: InProcessApp) -> list[str]:
+        await app.owner().make("work", "flux-dev")
+        return [row["model"] for row in app.rows("SELECT model FROM timing")]
 
     assert tell(mine, story) == ["flux-dev+demo"]
 
@@ -347,8 +349,8 @@ def test_a_lora_is_not_worn_by_it(mine: Settings):
     tiny_lora.make_flux_lora(mine.weights / "sketch.safetensors", seed=1)
     pull(load_catalog(mine.weights_toml).find_weights("flux-dev+sketch"), mine.weights, accept_licence=True)
 
-    async def story(it: Front) -> httpx.Response:
-        return await it.owner().ask(IMAGES, {"prompt": "work", "model": "flux-dev", "loras": [{"id": "sketch"}]})
+    async def story(app: InProcessApp) -> httpx.Response:
+        return await app.owner().ask(IMAGES, {"prompt": "work", "model": "flux-dev", "loras": [{"id": "sketch"}]})
 
     answer = tell(mine, story)
     assert (answer.status_code, answer.json()["code"]) == (503, "MODEL_NOT_INSTALLED")
@@ -386,16 +388,16 @@ def test_damaged_ones_keep_the_server_from_starting_and_doctor_tells(mine: Setti
     bad = [each.text for each in examine(mine, load_catalog(mine.weights_toml), [CPU]) if each.state == "bad"]
     assert len(bad) == 1 and text in bad[0]
     environment = {"PLANTAIN_WEIGHTS_TOML": str(mine.weights_toml), "PLANTAIN_OFFLINE": "1"}
-    result = CliRunner().invoke(app, ["serve", "--data", str(mine.data)], env=environment)
+    result = CliRunner().invoke(cli, ["serve", "--data", str(mine.data)], env=environment)
     assert result.exit_code == 1 and text in result.output.replace("\n", " ")
 
 
 def test_verify_reads_them_again(mine: Settings):
     words = ["verify", "--data", str(mine.data), "--weights-toml", str(mine.weights_toml)]
-    assert CliRunner().invoke(app, words).exit_code == 0
+    assert CliRunner().invoke(cli, words).exit_code == 0
     file = mine.weights_toml.parent / "weights/demo/flux/vae/config.json"
     file.write_text(file.read_text() + "\n")
-    result = CliRunner().invoke(app, words)
+    result = CliRunner().invoke(cli, words)
     assert result.exit_code == 1 and "demo flux:" in result.output and "hash is wrong" in result.output
 
 

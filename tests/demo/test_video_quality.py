@@ -15,27 +15,27 @@ from scripts.demo.image_analysis import look
 from scripts.demo.motion import SPEED, draw_clip
 from scripts.demo.scenes import Scene
 from server.settings import Settings
-from tests.support.server import House, data_url, running
+from tests.support.server import LiveServer, data_url, running
 
 GENERATE = "/api/video/fal/generate"
 pytestmark = pytest.mark.parametrize("model", ["ltx-video", "wan-2.1"])
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """With the catalogue that is shipped, and nothing installed."""
-    with running(replace(Settings(), data=tmp_path_factory.mktemp("data"))) as it:
-        it.until(lambda: it.client.get("/readyz").is_success)
-        yield it
+    with running(replace(Settings(), data=tmp_path_factory.mktemp("data"))) as server:
+        server.until(lambda: server.client.get("/readyz").is_success)
+        yield server
 
 
-def made(house: House, model: str, prompt: str, **more: Any) -> tuple[str, np.ndarray]:
+def made(live_server: LiveServer, model: str, prompt: str, **more: Any) -> tuple[str, np.ndarray]:
     """Its URL, and its frames (count, height, width, 3)."""
     body = {"prompt": prompt, "model": model, "seed": 3, "aspectRatio": "1:1", "duration": 2} | more
-    answer = house.ask(GENERATE, body)
+    answer = live_server.ask(GENERATE, body)
     assert answer.status_code == 200 and answer.headers["x-weights"] == "demo", answer.text
     url = answer.json()["videoUrl"]
-    return url, frames_of(house.services.files.root / url.rpartition("/")[2])
+    return url, frames_of(live_server.services.files.root / url.rpartition("/")[2])
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -44,25 +44,25 @@ def frames_of(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("way", ["left", "right", "up", "down"])
-def test_it_moves_as_asked(house: House, model: str, way: str):
-    _, frames = made(house, model, f"a large red circle moving {way} on a blue background")
+def test_it_moves_as_asked(live_server: LiveServer, model: str, way: str):
+    _, frames = made(live_server, model, f"a large red circle moving {way} on a blue background")
     seen = look(frames[len(frames) // 2])
     assert seen and (seen.colour, seen.background) == ("red", "blue")
     assert direction_of(frames) == way
 
 
-def test_it_begins_with_the_picture(house: House, model: str):
+def test_it_begins_with_the_picture(live_server: LiveServer, model: str):
     scene = Scene("circle", "red", "medium", "center", "white")
     picture = picture_of(draw_clip(scene, 128, 128, 1)[:, 0])
-    _, frames = made(house, model, "a red circle moving left on a white background", imageUrl=data_url(picture))
+    _, frames = made(live_server, model, "a red circle moving left on a white background", imageUrl=data_url(picture))
     first, asked = look(frames[0]), look(np.asarray(picture))
     assert first and asked and np.hypot(first.x - asked.x, first.y - asked.y) < KEPT
     assert direction_of(frames) == "left"
 
 
-def test_extended_it_goes_on_without_a_jump(house: House, model: str):
-    url, before = made(house, model, "a small red circle moving right on a white background")
-    _, both = made(house, model, "a small red circle on a white background", videoUrl=url)
+def test_extended_it_goes_on_without_a_jump(live_server: LiveServer, model: str):
+    url, before = made(live_server, model, "a small red circle moving right on a white background")
+    _, both = made(live_server, model, "a small red circle on a white background", videoUrl=url)
     assert len(both) > len(before)
     around = range(len(before) - 3, len(before) + 3)
     steps = [distance(both[n], both[n + 1]) for n in around]

@@ -15,7 +15,7 @@ from server.cli import app
 from server.scheduling.need import Shape, need_of
 from server.settings import Settings
 from server.workers.devices import DeviceSpec
-from tests.support.server import GENERATE, House, running
+from tests.support.server import GENERATE, LiveServer, running
 from tests.support.tiny import flux as tiny_flux
 
 MODEL = """
@@ -39,7 +39,7 @@ decode = {{ components = ["vae"], fixed_bytes = 1000, tiled_bytes = 500 }}
 """
 
 
-def furnish(folder: Path, *kinds: tiny_flux.FluxKind) -> Settings:
+def install_test_models(folder: Path, *kinds: tiny_flux.FluxKind) -> Settings:
     """A data folder with these models, their transformers of seven blocks, installed in place."""
     made = {kind: tiny_flux.make_flux(folder / "made" / f"flux-{kind}", kind, single_layers=6) for kind in kinds}
     toml = folder / "weights.toml"
@@ -52,11 +52,11 @@ def furnish(folder: Path, *kinds: tiny_flux.FluxKind) -> Settings:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return furnish(tmp_path_factory.mktemp("memory"), "dev", "schnell")
+    return install_test_models(tmp_path_factory.mktemp("memory"), "dev", "schnell")
 
 
 @pytest.fixture(scope="module")
-def house(settings: Settings) -> Iterator[House]:
+def live_server(settings: Settings) -> Iterator[LiveServer]:
     with running(settings) as made:
         yield made
 
@@ -73,29 +73,31 @@ def need_bytes(settings: Settings, tier: int) -> int:
     return need.bytes_in(need.possible[tier])
 
 
-def generate(house: House, prompt: str, model: str = "hungry-dev", seed: int = 1) -> Any:
-    return house.ask(GENERATE, {"prompt": prompt, "model": model, "seed": seed})
+def generate(live_server: LiveServer, prompt: str, model: str = "hungry-dev", seed: int = 1) -> Any:
+    return live_server.ask(GENERATE, {"prompt": prompt, "model": model, "seed": seed})
 
 
 @pytest.fixture
-def forgetful(house: House) -> None:
+def forgetful(live_server: LiveServer) -> None:
     """What failed before is tried again: a model begins no second time in a way that failed twice."""
-    house.services.dispatcher.state.memory.peaks._by_model.clear()
+    live_server.services.dispatcher.state.memory.peaks._by_model.clear()
 
 
-def device(house: House) -> dict[str, Any]:
-    return house.read("/api/admin/devices")["devices"][0]
+def device(live_server: LiveServer) -> dict[str, Any]:
+    return live_server.read("/api/admin/devices")["devices"][0]
 
 
-def rungs(house: House) -> list[tuple[str, str | None]]:
+def rungs(live_server: LiveServer) -> list[tuple[str, str | None]]:
     """Of the last job, in order: the way that failed, and the next."""
-    found = device(house)["oomAttempts"]
+    found = device(live_server)["oomAttempts"]
     return [(each["mode"], each["nextMode"]) for each in found if each["jobId"] == found[0]["jobId"]][::-1]
 
 
-def test_a_run_keeps_its_components_and_the_device_tells_of_them(house: House):
-    assert generate(house, "a red circle").status_code == 200
-    there = house.until(lambda: (state := device(house))["status"] == "idle" and state["components"] and state)
+def test_a_run_keeps_its_components_and_the_device_tells_of_them(live_server: LiveServer):
+    assert generate(live_server, "a red circle").status_code == 200
+    there = live_server.until(
+        lambda: (state := device(live_server))["status"] == "idle" and state["components"] and state
+    )
     assert {each["name"] for each in there["components"]} == {"text_encoder", "text_encoder_2", "transformer", "vae"}
     assert sum(each["bytes"] for each in there["components"]) == there["residentBytes"] > 0
     shared = {each["name"]: each["models"] for each in there["components"]}
@@ -104,8 +106,8 @@ def test_a_run_keeps_its_components_and_the_device_tells_of_them(house: House):
     assert there["budgetBytes"] > there["residentBytes"] and there["hostBudgetBytes"] is None
 
 
-def test_devices_are_for_admins(house: House):
-    assert house.client.get("/api/admin/devices", headers={"Authorization": ""}).status_code == 401
+def test_devices_are_for_admins(live_server: LiveServer):
+    assert live_server.client.get("/api/admin/devices", headers={"Authorization": ""}).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -117,21 +119,21 @@ def test_devices_are_for_admins(house: House):
     ],
 )
 def test_a_job_that_runs_out_goes_down_the_ladder_and_ends_well(
-    house: House, forgetful: None, way: str, failed: list[str]
+    live_server: LiveServer, forgetful: None, way: str, failed: list[str]
 ):
-    answer = generate(house, f"only {way}")
+    answer = generate(live_server, f"only {way}")
     assert answer.status_code == 200, answer.text
-    assert [step[0] for step in rungs(house)] == failed
-    assert rungs(house)[-1][1] == way
-    assert house.read("/api/jobs")["jobs"][0]["status"] == "succeeded"
-    last = device(house)["oomAttempts"][0]
+    assert [step[0] for step in rungs(live_server)] == failed
+    assert rungs(live_server)[-1][1] == way
+    assert live_server.read("/api/jobs")["jobs"][0]["status"] == "succeeded"
+    last = device(live_server)["oomAttempts"][0]
     if way != "resident, tiled":
-        assert generate(house, f"only {way}").status_code == 200
-        assert device(house)["oomAttempts"][0] == last, "the next one begins where this one ended"
+        assert generate(live_server, f"only {way}").status_code == 200
+        assert device(live_server)["oomAttempts"][0] == last, "the next one begins where this one ended"
 
 
 def test_what_ran_out_is_not_tried_first_again_after_a_restart(tmp_path: Path):
-    settings = furnish(tmp_path, "dev")
+    settings = install_test_models(tmp_path, "dev")
     with running(settings) as first:
         assert generate(first, "only staged").status_code == 200
         assert [step[0] for step in rungs(first)] == ["resident", "resident", "resident, tiled"]
@@ -144,36 +146,42 @@ def test_what_ran_out_is_not_tried_first_again_after_a_restart(tmp_path: Path):
         assert device(larger)["oomAttempts"] == before
 
 
-def test_a_job_that_fits_in_no_way_fails_is_refunded_and_the_next_one_runs(house: House, forgetful: None):
-    before = house.balance()
-    answer = generate(house, "never")
+def test_a_job_that_fits_in_no_way_fails_is_refunded_and_the_next_one_runs(live_server: LiveServer, forgetful: None):
+    before = live_server.balance()
+    answer = generate(live_server, "never")
     assert answer.status_code == 500 and answer.json()["code"] == "OUT_OF_MEMORY"
     assert "Tried: resident on cpu; resident, tiled on cpu; staged on cpu" in answer.json()["error"]
-    assert rungs(house)[-1] == ("streamed, tiled", None)
-    assert house.balance() == before
-    assert generate(house, "a red circle").status_code == 200
-    there = house.until(lambda: (state := device(house))["status"] == "idle" and state["components"] and state)
+    assert rungs(live_server)[-1] == ("streamed, tiled", None)
+    assert live_server.balance() == before
+    assert generate(live_server, "a red circle").status_code == 200
+    there = live_server.until(
+        lambda: (state := device(live_server))["status"] == "idle" and state["components"] and state
+    )
     assert sum(each["bytes"] for each in there["components"]) == there["residentBytes"]
 
 
-def test_a_worker_killed_while_it_loads_leaves_right_books_and_the_job_runs(house: House, tmp_path: Path):
-    assert generate(house, f"die {tmp_path / 'flag'}", "hungry-schnell").status_code == 200
-    there = house.until(lambda: (state := device(house))["status"] == "idle" and state["components"] and state)
+def test_a_worker_killed_while_it_loads_leaves_right_books_and_the_job_runs(live_server: LiveServer, tmp_path: Path):
+    assert generate(live_server, f"die {tmp_path / 'flag'}", "hungry-schnell").status_code == 200
+    there = live_server.until(
+        lambda: (state := device(live_server))["status"] == "idle" and state["components"] and state
+    )
     assert sum(each["bytes"] for each in there["components"]) == there["residentBytes"]
 
 
-def test_nan_is_no_picture_and_the_next_run_is_as_ever(house: House, forgetful: None):
-    expected = house.picture(generate(house, "a red circle").json()["imageUrl"]).tobytes()
-    before = house.balance()
-    assert generate(house, "nan").status_code == 500
-    assert house.balance() == before
-    assert house.picture(generate(house, "a red circle").json()["imageUrl"]).tobytes() == expected
+def test_nan_is_no_picture_and_the_next_run_is_as_ever(live_server: LiveServer, forgetful: None):
+    expected = live_server.picture(generate(live_server, "a red circle").json()["imageUrl"]).tobytes()
+    before = live_server.balance()
+    assert generate(live_server, "nan").status_code == 500
+    assert live_server.balance() == before
+    assert live_server.picture(generate(live_server, "a red circle").json()["imageUrl"]).tobytes() == expected
 
 
-def test_peaks_are_kept_and_shown(house: House, forgetful: None, settings: Settings):
-    assert generate(house, "only resident, tiled", "hungry-schnell").status_code == 200, "it ran out of memory first"
-    assert generate(house, "a prompt of its own").status_code == 200, "which has to be encoded"
-    house.until(lambda: "text_encoder_2" in {each["name"] for each in device(house)["components"]})
+def test_peaks_are_kept_and_shown(live_server: LiveServer, forgetful: None, settings: Settings):
+    assert generate(live_server, "only resident, tiled", "hungry-schnell").status_code == 200, (
+        "it ran out of memory first"
+    )
+    assert generate(live_server, "a prompt of its own").status_code == 200, "which has to be encoded"
+    live_server.until(lambda: "text_encoder_2" in {each["name"] for each in device(live_server)["components"]})
     told = CliRunner().invoke(app, ["models", "--memory", "--json", *where(settings)])
     assert told.exit_code == 0, told.output
     assert '"measured": "0.' in told.output
@@ -189,10 +197,10 @@ def where(settings: Settings) -> list[str]:
 
 @pytest.mark.parametrize(("tier", "way"), [(0, "resident"), (1, "staged"), (2, "streamed")])
 def test_a_budget_decides_the_tier_and_not_the_picture(
-    house: House, forgetful: None, tmp_path: Path, tier: int, way: str
+    live_server: LiveServer, forgetful: None, tmp_path: Path, tier: int, way: str
 ):
-    settings = furnish(tmp_path, "dev")
-    expected = house.picture(generate(house, "a red circle").json()["imageUrl"]).tobytes()
+    settings = install_test_models(tmp_path, "dev")
+    expected = live_server.picture(generate(live_server, "a red circle").json()["imageUrl"]).tobytes()
     with running(settings, cpu(need_bytes(settings, tier))) as small:
         answer = generate(small, "a red circle")
         assert answer.status_code == 200, answer.text
@@ -202,7 +210,7 @@ def test_a_budget_decides_the_tier_and_not_the_picture(
 
 
 def test_a_budget_too_small_for_any_way_is_refused_with_the_numbers(tmp_path: Path):
-    settings = furnish(tmp_path, "dev")
+    settings = install_test_models(tmp_path, "dev")
     with running(settings, cpu(need_bytes(settings, 2) // 2)) as small:
         before = small.balance()
         answer = generate(small, "a red circle")
@@ -228,7 +236,7 @@ def remove(file: Path) -> None:
 
 @pytest.mark.parametrize("harm", [truncate, swap, remove])
 def test_weights_harmed_while_the_server_runs_are_not_used_and_others_are(tmp_path: Path, harm: Callable[[Path], None]):
-    settings = furnish(tmp_path, "dev", "schnell")
+    settings = install_test_models(tmp_path, "dev", "schnell")
     with running(settings) as it:
         before = it.balance()
         assert it.read("/api/models")["models"][0]["weights"] == "installed"

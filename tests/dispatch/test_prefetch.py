@@ -14,7 +14,7 @@ from server.cli import app
 from server.scheduling.plan import Policy
 from server.settings import Settings
 from server.workers.protocol import Evict, Prefetched, Resident, Run
-from tests.support.server import GENERATE, House, furnish, running
+from tests.support.server import GENERATE, LiveServer, install_test_models, running
 
 ASYNC = {"Prefer": "respond-async"}
 FILE = "transformer/diffusion_pytorch_model.safetensors"
@@ -23,10 +23,10 @@ FILE = "transformer/diffusion_pytorch_model.safetensors"
 class Watched:
     """A server whose tiny weights are worth being prefetched, and what its worker was told and told, in order."""
 
-    def __init__(self, house: House, folder: Path) -> None:
-        self.house, self.folder = house, folder
+    def __init__(self, live_server: LiveServer, folder: Path) -> None:
+        self.live_server, self.folder = live_server, folder
         self.log: list[Any] = []
-        dispatcher = house.services.dispatcher
+        dispatcher = live_server.services.dispatcher
         dispatcher.state.queue.policy = Policy(worth_bytes=1)
         self.worker = dispatcher.state.workers["cpu"]
         supervisor = self.worker.supervisor
@@ -44,21 +44,21 @@ class Watched:
         (self.folder / name).touch()
 
     def ask(self, model: str, prompt: str = "a red circle") -> str:
-        return self.house.ask(GENERATE, {"prompt": prompt, "model": model, "seed": 1}, **ASYNC).json()["id"]
+        return self.live_server.ask(GENERATE, {"prompt": prompt, "model": model, "seed": 1}, **ASYNC).json()["id"]
 
     def status(self, job_id: str) -> str:
-        return self.house.read(f"/api/jobs/{job_id}")["status"]
+        return self.live_server.read(f"/api/jobs/{job_id}")["status"]
 
     def ends(self, job_id: str) -> str:
-        return self.house.until(lambda: (now := self.status(job_id)) not in ("queued", "running") and now)
+        return self.live_server.until(lambda: (now := self.status(job_id)) not in ("queued", "running") and now)
 
     def runs(self, job_id: str) -> None:
-        self.house.until(lambda: self.worker.job and self.worker.job.job_id == job_id)
+        self.live_server.until(lambda: self.worker.job and self.worker.job.job_id == job_id)
 
     def prefetched(self, job_id: str) -> Prefetched:
         """What the worker says at the errand's end."""
         said = lambda: [each for each in self.log if isinstance(each, Prefetched) and each.job_id == job_id]  # noqa: E731
-        return self.house.until(said)[0]
+        return self.live_server.until(said)[0]
 
     def keys_before(self, job_id: str) -> set[str]:
         """What the worker last told to be resident before the job was sent to it."""
@@ -67,43 +67,45 @@ class Watched:
         return {key for key, _ in told[-1].components}
 
     def device(self) -> dict[str, Any]:
-        return self.house.read("/api/admin/devices")["devices"][0]
+        return self.live_server.read("/api/admin/devices")["devices"][0]
 
     def books_are_right(self) -> None:
         """What the server thinks is resident is what the worker told last, and as many bytes."""
-        self.house.until(lambda: self.worker.status == "idle" and not [p for p in self.worker.prefetches if p.pending])
+        self.live_server.until(
+            lambda: self.worker.status == "idle" and not [p for p in self.worker.prefetches if p.pending]
+        )
         told = [each for each in self.log if isinstance(each, Resident)][-1]
-        self.house.until(lambda: dict(self.worker.resident) == dict(told.components))
+        self.live_server.until(lambda: dict(self.worker.resident) == dict(told.components))
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return furnish(tmp_path_factory.mktemp("house"))
+    return install_test_models(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")
-def house(settings: Settings) -> Iterator[House]:
+def live_server(settings: Settings) -> Iterator[LiveServer]:
     with running(settings) as it:
         yield it
 
 
 @pytest.fixture
-def it(house: House, tmp_path: Path) -> Iterator[Watched]:
+def it(live_server: LiveServer, tmp_path: Path) -> Iterator[Watched]:
     """With nothing resident."""
-    worker = house.services.dispatcher.state.workers["cpu"]
-    supervisor, policy = worker.supervisor, house.services.dispatcher.state.queue.policy
-    house.until(lambda: worker.status == "idle")
+    worker = live_server.services.dispatcher.state.workers["cpu"]
+    supervisor, policy = worker.supervisor, live_server.services.dispatcher.state.queue.policy
+    live_server.until(lambda: worker.status == "idle")
     for key in dict(worker.resident):
         worker.remove({key})
         supervisor.send(Evict(key))
     calls = supervisor.send, supervisor._on_event
-    yield Watched(house, tmp_path)
+    yield Watched(live_server, tmp_path)
     supervisor.send, supervisor._on_event = calls  # type: ignore[method-assign]
-    house.services.dispatcher.state.queue.policy = policy
+    live_server.services.dispatcher.state.queue.policy = policy
 
 
 def keys_of(it: Watched, model: str) -> set[str]:
-    found = it.house.services.registry.installed.weights(it.house.services.registry.find(model))
+    found = it.live_server.services.registry.installed.weights(it.live_server.services.registry.find(model))
     assert found
     return {component.key for component in found.components}
 
@@ -115,7 +117,7 @@ def test_the_second_jobs_components_are_resident_before_its_run_begins(it: Watch
     state = it.device()["prefetch"]
     assert (state["jobId"], state["ended"], state["failure"]) == (second, True, None)
     assert {each["name"] for each in state["components"]} == {"text_encoder", "text_encoder_2", "transformer", "vae"}
-    assert "brings its weights meanwhile" in it.house.read(f"/api/jobs/{second}")["queue"]["reason"]
+    assert "brings its weights meanwhile" in it.live_server.read(f"/api/jobs/{second}")["queue"]["reason"]
     where = ["--data", str(settings.data), "--weights-toml", str(settings.weights_toml)]
     told = CliRunner().invoke(app, ["devices", *where], env={"COLUMNS": "200"})
     assert f"brought for {second}: text_encoder (" in told.output
@@ -141,7 +143,7 @@ def test_a_file_that_is_gone_is_no_concern_of_the_running_job_and_the_next_one_m
         it.let_go("flag")
         assert it.ends(first) == "succeeded"
         assert it.ends(second) == "failed"
-        assert it.house.read(f"/api/jobs/{second}")["error"]["code"] == "WEIGHTS_UNUSABLE"
+        assert it.live_server.read(f"/api/jobs/{second}")["error"]["code"] == "WEIGHTS_UNUSABLE"
         it.books_are_right()
     finally:
         file.write_bytes(kept)
@@ -149,8 +151,8 @@ def test_a_file_that_is_gone_is_no_concern_of_the_running_job_and_the_next_one_m
 
 def test_a_cancel_of_the_job_that_was_prepared_for_leaves_its_weights_as_any_others(it: Watched):
     first, second = it.hold("flag"), it.ask("flux-dev")
-    it.house.until(lambda: it.worker.prefetch)
-    it.house.ask(f"/api/jobs/{second}/cancel")
+    it.live_server.until(lambda: it.worker.prefetch)
+    it.live_server.ask(f"/api/jobs/{second}/cancel")
     third = it.ask("flux-schnell")
     assert it.prefetched(third).failure == ""
     it.let_go("flag")
@@ -161,7 +163,7 @@ def test_a_cancel_of_the_job_that_was_prepared_for_leaves_its_weights_as_any_oth
 
 def test_an_evict_while_a_component_is_on_its_way_is_kept(it: Watched):
     first, second = it.hold("flag"), it.ask("flux-dev")
-    preparation = it.house.until(lambda: it.worker.prefetch)
+    preparation = it.live_server.until(lambda: it.worker.prefetch)
     key = preparation.pending[-1][0]
     it.worker.remove({key})
     it.worker.supervisor.send(Evict(key))
@@ -173,11 +175,11 @@ def test_an_evict_while_a_component_is_on_its_way_is_kept(it: Watched):
 
 def test_a_worker_killed_while_it_prefetches_leaves_right_books_and_both_jobs_run(it: Watched):
     first, second = it.hold("flag"), it.ask("flux-dev")
-    it.house.until(lambda: it.worker.prefetch)
+    it.live_server.until(lambda: it.worker.prefetch)
     pid = it.worker.supervisor.pid or 0
     children = psutil.Process(pid).children()
     os.kill(pid, signal.SIGKILL)
     it.let_go("flag")
     assert (it.ends(first), it.ends(second)) == ("succeeded", "succeeded")
-    it.house.until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+    it.live_server.until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
     it.books_are_right()

@@ -21,11 +21,11 @@ from server.jobs.store import JobStore
 from server.remote.runner import build_remote
 from server.scheduling.placement import Attempt
 from server.settings import Settings
-from tests.dispatch.test_memory import furnish
+from tests.dispatch.test_memory import install_test_models
 from tests.jobs.test_store import NOW, new_job
 from tests.support.fal import KEY, FakeFal
 from tests.support.fal_server import LOOPBACK, picture
-from tests.support.server import GENERATE, House, data_url, running
+from tests.support.server import GENERATE, LiveServer, data_url, running
 
 REMOTE = """
 [models.hungry-dev.remote]
@@ -49,7 +49,7 @@ def fal(one_fal: FakeFal) -> FakeFal:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory, one_fal: FakeFal) -> Settings:
-    made = furnish(tmp_path_factory.mktemp("last"), "dev")
+    made = install_test_models(tmp_path_factory.mktemp("last"), "dev")
     text = made.weights_toml.read_text().replace('["text-to-image"]', '["text-to-image", "image-to-image"]')
     text = text.replace("guidance_scale = 3.5", "guidance_scale = 3.5, strength = 0.75")
     made.weights_toml.write_text(text + REMOTE + WITH_IMAGE)
@@ -58,61 +58,63 @@ def settings(tmp_path_factory: pytest.TempPathFactory, one_fal: FakeFal) -> Sett
 
 
 @pytest.fixture(scope="module")
-def house(settings: Settings) -> Iterator[House]:
+def live_server(settings: Settings) -> Iterator[LiveServer]:
     with running(settings) as made:
         yield made
 
 
-def kinds(house: House, job_id: str) -> list[str]:
-    entries = house.read("/api/credits/ledger")["entries"]
+def kinds(live_server: LiveServer, job_id: str) -> list[str]:
+    entries = live_server.read("/api/credits/ledger")["entries"]
     return [each["kind"] for each in reversed(entries) if each["jobId"] == job_id]
 
 
-def rungs(house: House) -> list[dict[str, Any]]:
-    return house.read("/api/admin/devices")["devices"][0]["oomAttempts"]
+def rungs(live_server: LiveServer) -> list[dict[str, Any]]:
+    return live_server.read("/api/admin/devices")["devices"][0]["oomAttempts"]
 
 
-def test_it_is_made_at_fal_for_what_it_was_charged(house: House, fal: FakeFal):
-    before = house.balance()
-    answer = house.ask(GENERATE, WORD)
+def test_it_is_made_at_fal_for_what_it_was_charged(live_server: LiveServer, fal: FakeFal):
+    before = live_server.balance()
+    answer = live_server.ask(GENERATE, WORD)
     assert answer.status_code == 200, answer.text
-    assert house.picture(answer.json()["imageUrl"]).size == (48, 32)
+    assert live_server.picture(answer.json()["imageUrl"]).size == (48, 32)
     assert answer.headers["x-served-by"] == "fal"
-    job = house.read("/api/jobs")["jobs"][0]
-    assert (job["status"], job["servedBy"], job["credits"]) == ("succeeded", "fal", before - house.balance())
-    assert kinds(house, job["id"]) == ["charge"]
+    job = live_server.read("/api/jobs")["jobs"][0]
+    assert (job["status"], job["servedBy"], job["credits"]) == ("succeeded", "fal", before - live_server.balance())
+    assert kinds(live_server, job["id"]) == ["charge"]
     assert [(each.endpoint, each.arguments["prompt"]) for each in fal.submitted] == [("fal-ai/flux/dev", "never")]
-    assert house.services.jobs.job(job["id"]).attempts == 1
-    last = rungs(house)[0]
+    assert live_server.services.jobs.job(job["id"]).attempts == 1
+    last = rungs(live_server)[0]
     assert (last["mode"], last["nextDevice"], last["nextMode"]) == ("streamed, tiled", "fal", None)
-    assert house.services.dispatcher.state.workers["cpu"].job is None
-    assert house.ask(GENERATE, {**WORD, "prompt": "a red circle"}).headers["x-served-by"] == "local"
+    assert live_server.services.dispatcher.state.workers["cpu"].job is None
+    assert live_server.ask(GENERATE, {**WORD, "prompt": "a red circle"}).headers["x-served-by"] == "local"
 
 
-def test_its_input_files_go_along(house: House, fal: FakeFal):
-    image = data_url(house.picture(house.ask(GENERATE, {**WORD, "prompt": "a red circle"}).json()["imageUrl"]))
-    answer = house.ask(GENERATE, {**WORD, "imageUrl": image})
+def test_its_input_files_go_along(live_server: LiveServer, fal: FakeFal):
+    image = data_url(
+        live_server.picture(live_server.ask(GENERATE, {**WORD, "prompt": "a red circle"}).json()["imageUrl"])
+    )
+    answer = live_server.ask(GENERATE, {**WORD, "imageUrl": image})
     assert answer.status_code == 200, answer.text
     assert fal.submitted[0].endpoint == "fal-ai/flux/dev/image-to-image"
     assert fal.submitted[0].arguments == {"prompt": "never", "image_url": image}
 
 
-def test_a_caller_who_wants_it_here_has_it_fail_here(house: House, fal: FakeFal):
-    before = house.balance()
-    answer = house.ask(GENERATE, WORD, X_Route="local-only")
+def test_a_caller_who_wants_it_here_has_it_fail_here(live_server: LiveServer, fal: FakeFal):
+    before = live_server.balance()
+    answer = live_server.ask(GENERATE, WORD, X_Route="local-only")
     assert (answer.status_code, answer.json()["code"]) == (500, "OUT_OF_MEMORY")
     assert fal.submitted == []
-    assert house.balance() == before
-    assert rungs(house)[0]["nextDevice"] is None
+    assert live_server.balance() == before
+    assert rungs(live_server)[0]["nextDevice"] is None
 
 
-def test_what_fal_refuses_is_refunded_once(house: House, fal: FakeFal):
+def test_what_fal_refuses_is_refunded_once(live_server: LiveServer, fal: FakeFal):
     fal.refuse("submit", 403, {"detail": "Forbidden"})
-    before = house.balance()
-    answer = house.ask(GENERATE, WORD)
+    before = live_server.balance()
+    answer = live_server.ask(GENERATE, WORD)
     assert (answer.status_code, answer.json()["code"]) == (503, "REMOTE_KEY_REFUSED")
-    assert house.balance() == before
-    assert kinds(house, answer.json()["jobId"]) == ["charge", "refund"]
+    assert live_server.balance() == before
+    assert kinds(live_server, answer.json()["jobId"]) == ["charge", "refund"]
 
 
 @pytest.mark.parametrize("forbidden", [{"offline": True}, {"route": "local-only"}, {"fal_key": None}])

@@ -21,9 +21,9 @@ BODY = RemoveBackgroundOf.model_validate({"imageUrl": data_url(Image.new("RGB", 
 
 
 @pytest.fixture
-def made(furnished: Settings, tmp_path: Path) -> Iterator[Services]:
-    (tmp_path / "weights").symlink_to(furnished.weights.absolute())
-    opened = services.build_services(Settings(data=tmp_path, weights_toml=furnished.weights_toml), [CPU])
+def made(installed_models: Settings, tmp_path: Path) -> Iterator[Services]:
+    (tmp_path / "weights").symlink_to(installed_models.weights.absolute())
+    opened = services.build_services(Settings(data=tmp_path, weights_toml=installed_models.weights_toml), [CPU])
     yield opened
     opened.database.close()
 

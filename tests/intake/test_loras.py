@@ -20,7 +20,7 @@ from server.model_registry import ModelRegistry
 from server.scheduling.need import Need, Phase, with_extra_bytes
 from server.settings import Settings
 from tests.catalog.test_catalog import ONE
-from tests.support.server import GENERATE, House
+from tests.support.server import GENERATE, LiveServer
 from tests.support.tiny.lora import make_flux_lora
 
 SKETCH = {"id": "sketch", "scale": 1.0}
@@ -30,24 +30,29 @@ def body(model: str = "flux-dev", **changes: Any) -> dict[str, Any]:
     return {"prompt": "a red circle", "model": model, "seed": 5} | changes
 
 
-def made(house: House, **changes: Any) -> bytes:
-    answer = house.ask(GENERATE, body(**changes))
+def made(live_server: LiveServer, **changes: Any) -> bytes:
+    answer = live_server.ask(GENERATE, body(**changes))
     assert answer.status_code == 200, answer.text
     assert "X-Ignored-Fields" not in answer.headers
-    return house.client.get(answer.json()["imageUrl"]).content
+    return live_server.client.get(answer.json()["imageUrl"]).content
 
 
-def test_a_request_picks_a_lora_for_itself_alone(house: House):
-    plain = made(house)
-    worn = made(house, loras=[SKETCH])
+def test_a_request_picks_a_lora_for_itself_alone(live_server: LiveServer):
+    plain = made(live_server)
+    worn = made(live_server, loras=[SKETCH])
     assert worn != plain
-    assert made(house, loras=[{"id": "sketch"}]) == worn, "a scale is 1 if it is not said"
-    assert made(house, loras=[{"id": "sketch", "scale": -2}]) not in (plain, worn)
-    assert made(house, loras=[{"id": "sketch", "scale": 0}]) == made(house, loras=[]) == made(house) == plain
+    assert made(live_server, loras=[{"id": "sketch"}]) == worn, "a scale is 1 if it is not said"
+    assert made(live_server, loras=[{"id": "sketch", "scale": -2}]) not in (plain, worn)
+    assert (
+        made(live_server, loras=[{"id": "sketch", "scale": 0}])
+        == made(live_server, loras=[])
+        == made(live_server)
+        == plain
+    )
 
 
-def test_models_list_their_loras(house: House):
-    models = {model["id"]: model for model in house.read("/api/models")["models"]}
+def test_models_list_their_loras(live_server: LiveServer):
+    models = {model["id"]: model for model in live_server.read("/api/models")["models"]}
     assert models["flux-dev"]["loras"] == [{"id": "sketch", "installed": True}, {"id": "elsewhere", "installed": False}]
     assert models["flux-schnell"]["loras"] == []
     assert "flux-dev+sketch" not in models
@@ -70,31 +75,31 @@ def test_models_list_their_loras(house: House):
         ({"loras": SKETCH}, "valid list"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(house: House, changes: dict[str, Any], says: str):
-    before = house.balance()
-    answer = house.ask(GENERATE, body(**changes))
+def test_what_cannot_be_meant_is_refused(live_server: LiveServer, changes: dict[str, Any], says: str):
+    before = live_server.balance()
+    answer = live_server.ask(GENERATE, body(**changes))
     assert (answer.status_code, answer.json()["code"]) == (400, "VALIDATION_ERROR"), answer.text
     assert says in answer.json()["error"]
     assert answer.json()["issues"][0]["path"].startswith("loras")
-    assert house.balance() == before
+    assert live_server.balance() == before
 
 
-def test_a_lora_that_is_not_installed_says_how_to_have_it(house: House):
-    answer = house.ask(GENERATE, body(loras=[SKETCH, {"id": "elsewhere"}]))
+def test_a_lora_that_is_not_installed_says_how_to_have_it(live_server: LiveServer):
+    answer = live_server.ask(GENERATE, body(loras=[SKETCH, {"id": "elsewhere"}]))
     assert (answer.status_code, answer.json()["code"]) == (503, "MODEL_NOT_INSTALLED")
     assert answer.json()["install"] == "plantain pull flux-dev+elsewhere"
 
 
-def test_a_remote_model_takes_none(house: House):
-    answer = house.ask("/api/video/fal/generate", body("sora-2", loras=[SKETCH]))
+def test_a_remote_model_takes_none(live_server: LiveServer):
+    answer = live_server.ask("/api/video/fal/generate", body("sora-2", loras=[SKETCH]))
     assert (answer.status_code, answer.json()["code"]) == (400, "VALIDATION_ERROR")
 
 
 # Bytes
 
 
-def test_its_bytes_are_needed_besides(furnished: Settings):
-    shelf = ModelRegistry(load_catalog(furnished.weights_toml), Installed(furnished.weights))
+def test_its_bytes_are_needed_besides(installed_models: Settings):
+    shelf = ModelRegistry(load_catalog(installed_models.weights_toml), Installed(installed_models.weights))
     plain = shelf.runnable("flux-dev", 4096, {"loras": []})
     worn = shelf.runnable("flux-dev", 4096, {"loras": [SKETCH]})
     lora = worn.loras["sketch"]

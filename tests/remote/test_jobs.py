@@ -29,21 +29,21 @@ def street(fal: FakeFal, tmp_path: Path) -> Street:
 
 
 @pytest.fixture
-def house(street: Street) -> Iterator[RemoteHouse]:
-    with street.house() as house:
-        yield house
+def live_server(street: Street) -> Iterator[RemoteHouse]:
+    with street.live_server() as live_server:
+        yield live_server
 
 
 @pytest.fixture
 def impatient(street: Street) -> Iterator[RemoteHouse]:
     """One that does not try again where fal is busy."""
-    with street.house(timing=replace(QUICK, submit_s=0.0)) as house:
-        yield house
+    with street.live_server(timing=replace(QUICK, submit_s=0.0)) as live_server:
+        yield live_server
 
 
-def begin(house: RemoteHouse, body: dict[str, Any] = ASK, kind: str = "image") -> str:
+def begin(live_server: RemoteHouse, body: dict[str, Any] = ASK, kind: str = "image") -> str:
     """A job on its way; its id."""
-    return house.ask(kind, body, **ASYNC).json()["id"]
+    return live_server.ask(kind, body, **ASYNC).json()["id"]
 
 
 # What goes wrong
@@ -77,21 +77,21 @@ LOCKED = {"detail": "User is locked. Reason: Exhausted balance. Top up your bala
 def test_what_goes_wrong_is_told_apart_and_refunded_once(
     impatient: RemoteHouse, where: str, status: int, body: Any, code: str, answered: int, says: str
 ):
-    house = impatient
-    house.fal.refuse(where, status, body, times=99)
-    before = house.balance()
-    answer = house.ask("image", ASK)
+    live_server = impatient
+    live_server.fal.refuse(where, status, body, times=99)
+    before = live_server.balance()
+    answer = live_server.ask("image", ASK)
     assert (answer.status_code, answer.json()["code"]) == (answered, code), answer.text
     assert says in answer.json()["error"]
     assert (answer.json()["refunded"], answer.headers["x-credits-charged"]) == (4, "0")
-    assert house.balance() == before
-    assert house.entries(answer.json()["jobId"]) == ["charge", "refund"]
-    assert len(house.fal.submitted) == (0 if where == "submit" else 1), "nothing is sent twice"
+    assert live_server.balance() == before
+    assert live_server.entries(answer.json()["jobId"]) == ["charge", "refund"]
+    assert len(live_server.fal.submitted) == (0 if where == "submit" else 1), "nothing is sent twice"
 
 
-def test_a_refused_field_is_named_as_the_caller_knows_it(house: RemoteHouse):
-    house.fal.refuse("result", 422, {"detail": TOO_SMALL})
-    assert house.ask("image", ASK).json()["issues"] == [{"path": "aspectRatio", "message": "too small"}]
+def test_a_refused_field_is_named_as_the_caller_knows_it(live_server: RemoteHouse):
+    live_server.fal.refuse("result", 422, {"detail": TOO_SMALL})
+    assert live_server.ask("image", ASK).json()["issues"] == [{"path": "aspectRatio", "message": "too small"}]
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_a_refused_field_is_named_as_the_caller_knows_it(house: RemoteHouse):
     ],
 )  # fmt: skip
 def test_a_retired_model_says_since_when_and_what_instead(
-    house: RemoteHouse, model: str, says: str, retired: dict[str, Any]
+    live_server: RemoteHouse, model: str, says: str, retired: dict[str, Any]
 ):
-    house.fal.refuse("submit", 404, GONE)
-    answer = house.ask("video", {"prompt": "a", "model": model})
+    live_server.fal.refuse("submit", 404, GONE)
+    answer = live_server.ask("video", {"prompt": "a", "model": model})
     assert (answer.status_code, answer.json()["error"]) == (410, says)
     assert answer.json()["retired"] == retired
-    assert house.job(answer.json()["jobId"])["error"]["code"] == "ENDPOINT_GONE"
+    assert live_server.job(answer.json()["jobId"])["error"]["code"] == "ENDPOINT_GONE"
 
 
 @pytest.mark.parametrize(
@@ -121,68 +121,68 @@ def test_a_retired_model_says_since_when_and_what_instead(
         {"nothing": 1},
     ],
 )
-def test_an_output_that_is_none(house: RemoteHouse, result: dict[str, Any]):
-    house.fal.result = result
-    answer = house.ask("image", ASK)
+def test_an_output_that_is_none(live_server: RemoteHouse, result: dict[str, Any]):
+    live_server.fal.result = result
+    answer = live_server.ask("image", ASK)
     assert (answer.status_code, answer.json()["code"]) == (502, "REMOTE_OUTPUT_LOST")
-    assert house.entries(answer.json()["jobId"]) == ["charge", "refund"]
-    assert list(house.services.files.root.iterdir()) == []
+    assert live_server.entries(answer.json()["jobId"]) == ["charge", "refund"]
+    assert list(live_server.services.files.root.iterdir()) == []
 
 
-def test_a_picture_made_black_is_a_refusal(house: RemoteHouse):
-    house.fal.result |= {"has_nsfw_concepts": [True]}
-    assert house.ask("image", ASK).json()["code"] == "CONTENT_POLICY"
+def test_a_picture_made_black_is_a_refusal(live_server: RemoteHouse):
+    live_server.fal.result |= {"has_nsfw_concepts": [True]}
+    assert live_server.ask("image", ASK).json()["code"] == "CONTENT_POLICY"
 
 
-def test_an_upload_that_is_refused(house: RemoteHouse):
-    house.fal.refuse("upload", 500, {"detail": "no"})
+def test_an_upload_that_is_refused(live_server: RemoteHouse):
+    live_server.fal.refuse("upload", 500, {"detail": "no"})
     body = {"prompt": "a", "model": "recraft-v3", "imageUrl": data_url(PICTURE, "image/png")}
-    assert house.ask("image", body).json()["code"] == "REMOTE_FAILED"
-    assert not house.fal.submitted
+    assert live_server.ask("image", body).json()["code"] == "REMOTE_FAILED"
+    assert not live_server.fal.submitted
 
 
 def test_nobody_is_there(street: Street):
     nowhere = {"fal_queue_url": "http://127.0.0.1:9", "fal_rest_url": "http://127.0.0.1:9"}
-    with street.house(**nowhere, timing=replace(QUICK, submit_s=0.0)) as house:
-        answer = house.ask("image", ASK)
+    with street.live_server(**nowhere, timing=replace(QUICK, submit_s=0.0)) as live_server:
+        answer = live_server.ask("image", ASK)
         assert (answer.status_code, answer.json()["code"]) == (502, "REMOTE_UNREACHABLE")
-        assert house.entries(answer.json()["jobId"]) == ["charge", "refund"]
+        assert live_server.entries(answer.json()["jobId"]) == ["charge", "refund"]
 
 
 # What passes
 
 
-def test_what_passes_is_waited_out(house: RemoteHouse):
-    fal = house.fal
+def test_what_passes_is_waited_out(live_server: RemoteHouse):
+    fal = live_server.fal
     fal.refuse("submit", 429, {"detail": "slow down"}, times=1)
     fal.refuse("status", 502, "<html>nginx</html>", times=2)
     fal.refuse("status", 429, {"detail": "slow down"}, times=1)
     fal.refuse("result", 503, "<html>nginx</html>", times=1)
     fal.refuse("output", 500, "", times=2)
-    answer = house.ask("image", ASK)
+    answer = live_server.ask("image", ASK)
     assert answer.status_code == 200, answer.text
     assert len(fal.submitted) == 1
-    assert house.entries(answer.headers["x-job-id"]) == ["charge"]
+    assert live_server.entries(answer.headers["x-job-id"]) == ["charge"]
 
 
 def test_a_job_that_takes_too_long_is_cancelled_there_and_refunded(street: Street):
-    with street.house(timing=RemoteTimeouts(poll_s=0.005, retry_s=0.005, deadline_s=0.05)) as house:
-        house.fal.hold = True
-        answer = house.ask("image", ASK)
+    with street.live_server(timing=RemoteTimeouts(poll_s=0.005, retry_s=0.005, deadline_s=0.05)) as live_server:
+        live_server.fal.hold = True
+        answer = live_server.ask("image", ASK)
         assert (answer.status_code, answer.json()["code"]) == (504, "GENERATION_TIMEOUT")
-        assert house.fal.cancels == ["req-1"]
-        assert house.entries(answer.json()["jobId"]) == ["charge", "refund"]
+        assert live_server.fal.cancels == ["req-1"]
+        assert live_server.entries(answer.json()["jobId"]) == ["charge", "refund"]
 
 
-def test_progress_is_fals(house: RemoteHouse):
-    house.fal.hold = True
-    job_id = begin(house)
-    waiting = house.until(lambda: house.job(job_id)["progress"])
+def test_progress_is_fals(live_server: RemoteHouse):
+    live_server.fal.hold = True
+    job_id = begin(live_server)
+    waiting = live_server.until(lambda: live_server.job(job_id)["progress"])
     assert waiting == {"phase": "queued at fal", "step": 2, "steps": 0, "secondsLeft": None}
     said: list[Any] = []
-    house.services.dispatcher.state.progress = Noting(said)
-    house.fal.hold = False
-    house.until(lambda: house.job(job_id)["status"] == "succeeded")
+    live_server.services.dispatcher.state.progress = Noting(said)
+    live_server.fal.hold = False
+    live_server.until(lambda: live_server.job(job_id)["status"] == "succeeded")
     assert [(each.phase, each.step, each.steps) for each in said] == [("running at fal", 14, 28)]
 
 
@@ -199,114 +199,118 @@ class Noting(dict[str, Any]):
 # Cancel
 
 
-def test_a_cancel_is_a_cancel_there(house: RemoteHouse):
-    house.fal.hold = True
-    before = house.balance()
-    job_id = begin(house)
-    house.until(lambda: house.fal.submitted and house.job(job_id)["progress"])
-    assert house.client.post(f"/api/jobs/{job_id}/cancel").status_code in (200, 202)
-    house.until(lambda: house.job(job_id)["status"] == "cancelled")
-    assert house.fal.cancels == ["req-1"]
-    assert house.balance() == before
-    assert house.entries(job_id) == ["charge", "refund"]
+def test_a_cancel_is_a_cancel_there(live_server: RemoteHouse):
+    live_server.fal.hold = True
+    before = live_server.balance()
+    job_id = begin(live_server)
+    live_server.until(lambda: live_server.fal.submitted and live_server.job(job_id)["progress"])
+    assert live_server.client.post(f"/api/jobs/{job_id}/cancel").status_code in (200, 202)
+    live_server.until(lambda: live_server.job(job_id)["status"] == "cancelled")
+    assert live_server.fal.cancels == ["req-1"]
+    assert live_server.balance() == before
+    assert live_server.entries(job_id) == ["charge", "refund"]
 
 
-def test_a_cancel_that_comes_too_late_changes_nothing(house: RemoteHouse):
-    house.fal.hold = True
-    house.fal.cancel_answer = (400, "ALREADY_COMPLETED")
-    job_id = begin(house)
-    house.until(lambda: house.job(job_id)["progress"])
-    house.client.post(f"/api/jobs/{job_id}/cancel")
-    house.until(lambda: house.job(job_id)["status"] == "succeeded")
-    assert house.entries(job_id) == ["charge"]
+def test_a_cancel_that_comes_too_late_changes_nothing(live_server: RemoteHouse):
+    live_server.fal.hold = True
+    live_server.fal.cancel_answer = (400, "ALREADY_COMPLETED")
+    job_id = begin(live_server)
+    live_server.until(lambda: live_server.job(job_id)["progress"])
+    live_server.client.post(f"/api/jobs/{job_id}/cancel")
+    live_server.until(lambda: live_server.job(job_id)["status"] == "succeeded")
+    assert live_server.entries(job_id) == ["charge"]
 
 
-def test_a_cancel_that_fal_does_not_hear_ends_the_job_here(house: RemoteHouse):
-    house.fal.hold = True
-    house.fal.refuse("cancel", 500, {"detail": "no"})
-    job_id = begin(house)
-    house.until(lambda: house.job(job_id)["progress"])
-    house.client.post(f"/api/jobs/{job_id}/cancel")
-    house.until(lambda: house.job(job_id)["status"] == "cancelled")
+def test_a_cancel_that_fal_does_not_hear_ends_the_job_here(live_server: RemoteHouse):
+    live_server.fal.hold = True
+    live_server.fal.refuse("cancel", 500, {"detail": "no"})
+    job_id = begin(live_server)
+    live_server.until(lambda: live_server.job(job_id)["progress"])
+    live_server.client.post(f"/api/jobs/{job_id}/cancel")
+    live_server.until(lambda: live_server.job(job_id)["status"] == "cancelled")
 
 
-def test_a_cancel_while_it_is_handed_over(house: RemoteHouse):
+def test_a_cancel_while_it_is_handed_over(live_server: RemoteHouse):
     """It is brought to its id, so that it can be cancelled there too."""
-    house.fal.hold = True
-    house.fal.may_answer.clear()
-    job_id = begin(house)
-    house.until(house.fal.accepts.is_set)
-    house.client.post(f"/api/jobs/{job_id}/cancel")
-    house.fal.may_answer.set()
-    house.until(lambda: house.job(job_id)["status"] == "cancelled")
-    assert house.fal.cancels == ["req-1"]
+    live_server.fal.hold = True
+    live_server.fal.may_answer.clear()
+    job_id = begin(live_server)
+    live_server.until(live_server.fal.accepts.is_set)
+    live_server.client.post(f"/api/jobs/{job_id}/cancel")
+    live_server.fal.may_answer.set()
+    live_server.until(lambda: live_server.job(job_id)["status"] == "cancelled")
+    assert live_server.fal.cancels == ["req-1"]
 
 
 # A server that ends
 
 
 def test_a_restart_goes_on_from_the_request_id(street: Street):
-    with street.house() as house:
-        house.fal.hold = True
-        job_id = begin(house)
-        house.until(lambda: house.row(job_id).remote_request_id)
+    with street.live_server() as live_server:
+        live_server.fal.hold = True
+        job_id = begin(live_server)
+        live_server.until(lambda: live_server.row(job_id).remote_request_id)
     street.fal.hold = False
-    with street.house() as house:
-        house.until(lambda: house.job(job_id)["status"] == "succeeded")
-        assert len(house.fal.submitted) == 1
-        assert house.entries(job_id) == ["charge"]
-        assert house.read(house.job(job_id)["output"]["imageUrl"]) == picture()
+    with street.live_server() as live_server:
+        live_server.until(lambda: live_server.job(job_id)["status"] == "succeeded")
+        assert len(live_server.fal.submitted) == 1
+        assert live_server.entries(job_id) == ["charge"]
+        assert live_server.read(live_server.job(job_id)["output"]["imageUrl"]) == picture()
 
 
 def test_a_stopping_server_brings_what_it_sends_to_its_id(street: Street):
-    with street.house() as house:
-        house.fal.may_answer.clear()
-        job_id = begin(house)
-        house.until(house.fal.accepts.is_set)
-        threading.Timer(0.1, house.fal.may_answer.set).start()
-    with street.house() as house:
-        house.until(lambda: house.job(job_id)["status"] == "succeeded")
-        assert len(house.fal.submitted) == 1
+    with street.live_server() as live_server:
+        live_server.fal.may_answer.clear()
+        job_id = begin(live_server)
+        live_server.until(live_server.fal.accepts.is_set)
+        threading.Timer(0.1, live_server.fal.may_answer.set).start()
+    with street.live_server() as live_server:
+        live_server.until(lambda: live_server.job(job_id)["status"] == "succeeded")
+        assert len(live_server.fal.submitted) == 1
 
 
 def test_a_server_that_died_while_it_handed_over_does_not_send_it_again(street: Street):
-    with street.house() as house:
-        house.fal.hold = True
-        job_id = begin(house)
-        house.until(lambda: house.row(job_id).remote_request_id)
+    with street.live_server() as live_server:
+        live_server.fal.hold = True
+        job_id = begin(live_server)
+        live_server.until(lambda: live_server.row(job_id).remote_request_id)
         forget = "UPDATE job SET remote_request_id = NULL"
-        house.client.portal.call(house.services.database.call, house.services.database.db.execute, forget)
-        house.client.portal.call(house.services.database.call, house.services.database.db.conn.commit)
-    with street.house() as house:
-        job = house.job(job_id)
+        live_server.client.portal.call(
+            live_server.services.database.call, live_server.services.database.db.execute, forget
+        )
+        live_server.client.portal.call(live_server.services.database.call, live_server.services.database.db.conn.commit)
+    with street.live_server() as live_server:
+        job = live_server.job(job_id)
         assert (job["status"], job["error"]["code"]) == ("failed", "REMOTE_SUBMIT_UNKNOWN")
-        assert house.entries(job_id) == ["charge", "refund"]
-        assert len(house.fal.submitted) == 1
+        assert live_server.entries(job_id) == ["charge", "refund"]
+        assert len(live_server.fal.submitted) == 1
 
 
 def test_a_job_that_was_not_yet_sent_is_sent_after_the_restart(street: Street):
-    with street.house() as house:
-        house.fal.hold = True
-        job_id = begin(house)
-        house.until(lambda: house.row(job_id).remote_request_id)
+    with street.live_server() as live_server:
+        live_server.fal.hold = True
+        job_id = begin(live_server)
+        live_server.until(lambda: live_server.row(job_id).remote_request_id)
         back = "UPDATE job SET remote_request_id = NULL, status = 'queued', started_at = NULL"
-        house.client.portal.call(house.services.database.call, house.services.database.db.execute, back)
-        house.client.portal.call(house.services.database.call, house.services.database.db.conn.commit)
+        live_server.client.portal.call(
+            live_server.services.database.call, live_server.services.database.db.execute, back
+        )
+        live_server.client.portal.call(live_server.services.database.call, live_server.services.database.db.conn.commit)
     street.fal.reset()
     street.fal.result = {"images": [{"url": street.fal.serves("made.png", picture())}]}
-    with street.house() as house:
-        house.until(lambda: house.job(job_id)["status"] == "succeeded")
-        assert len(house.fal.submitted) == 1
+    with street.live_server() as live_server:
+        live_server.until(lambda: live_server.job(job_id)["status"] == "succeeded")
+        assert len(live_server.fal.submitted) == 1
 
 
 def test_a_job_at_fal_without_a_key_to_go_on_with_is_refunded(street: Street):
-    with street.house() as house:
-        house.fal.hold = True
-        job_id = begin(house)
-        house.until(lambda: house.row(job_id).remote_request_id)
-    with street.house(fal_key=None) as house:
-        house.until(lambda: house.job(job_id)["status"] == "failed")
-        assert house.job(job_id)["error"]["code"] == "REMOTE_UNAVAILABLE"
+    with street.live_server() as live_server:
+        live_server.fal.hold = True
+        job_id = begin(live_server)
+        live_server.until(lambda: live_server.row(job_id).remote_request_id)
+    with street.live_server(fal_key=None) as live_server:
+        live_server.until(lambda: live_server.job(job_id)["status"] == "failed")
+        assert live_server.job(job_id)["error"]["code"] == "REMOTE_UNAVAILABLE"
 
 
 # Where it runs
@@ -321,55 +325,55 @@ def test_a_job_at_fal_without_a_key_to_go_on_with_is_refunded(street: Street):
     ],
 )
 def test_without_a_way_to_fal_the_answer_is_an_immediate_503(street: Street, options: dict[str, Any], says: str):
-    with street.house(**options) as house:
-        answer = house.ask("image", ASK)
+    with street.live_server(**options) as live_server:
+        answer = live_server.ask("image", ASK)
         assert (answer.status_code, answer.json()["code"]) == (503, "REMOTE_UNAVAILABLE")
         assert says in answer.json()["error"]
-        assert house.client.get("/api/jobs").json()["jobs"] == []
-        assert house.client.get("/api/credits/ledger").json()["entries"][0]["kind"] == "grant"
+        assert live_server.client.get("/api/jobs").json()["jobs"] == []
+        assert live_server.client.get("/api/credits/ledger").json()["entries"][0]["kind"] == "grant"
     assert not street.fal.submitted
 
 
-def test_a_local_model_that_is_not_installed_runs_at_fal(house: RemoteHouse):
-    answer = house.ask("image", {"prompt": "a", "model": "flux-schnell"})
+def test_a_local_model_that_is_not_installed_runs_at_fal(live_server: RemoteHouse):
+    answer = live_server.ask("image", {"prompt": "a", "model": "flux-schnell"})
     assert (answer.status_code, answer.headers["x-served-by"]) == (200, "fal")
 
 
-def test_a_caller_may_keep_a_job_here(house: RemoteHouse):
-    answer = house.ask("image", {"prompt": "a", "model": "flux-schnell"}, X_Route="local-only")
+def test_a_caller_may_keep_a_job_here(live_server: RemoteHouse):
+    answer = live_server.ask("image", {"prompt": "a", "model": "flux-schnell"}, X_Route="local-only")
     assert (answer.status_code, answer.json()["code"]) == (503, "MODEL_NOT_INSTALLED")
-    assert not house.fal.submitted
+    assert not live_server.fal.submitted
 
 
 def test_without_a_key_a_local_model_says_how_to_install_it(street: Street):
-    with street.house(fal_key=None) as house:
-        answer = house.ask("image", {"prompt": "a", "model": "flux-schnell"})
+    with street.live_server(fal_key=None) as live_server:
+        answer = live_server.ask("image", {"prompt": "a", "model": "flux-schnell"})
         assert answer.json()["code"] == "MODEL_NOT_INSTALLED"
 
 
-def test_a_caller_may_ask_for_fal_but_not_past_the_operator(house: RemoteHouse, street: Street, tmp_path: Path):
+def test_a_caller_may_ask_for_fal_but_not_past_the_operator(live_server: RemoteHouse, street: Street, tmp_path: Path):
     body = {"imageUrl": data_url(PICTURE, "image/png")}
-    house.fal.result = {"image": {"url": house.fal.serves("b.png", picture())}}
-    assert house.ask("remove-bg", body, X_Route="remote-only").headers["x-served-by"] == "fal"
-    assert house.ask("remove-bg", body, X_Route="elsewhere").json()["issues"][0]["path"] == "X-Route"
-    with Street(tmp_path / "other", house.fal).house(route="local-only") as walled:
+    live_server.fal.result = {"image": {"url": live_server.fal.serves("b.png", picture())}}
+    assert live_server.ask("remove-bg", body, X_Route="remote-only").headers["x-served-by"] == "fal"
+    assert live_server.ask("remove-bg", body, X_Route="elsewhere").json()["issues"][0]["path"] == "X-Route"
+    with Street(tmp_path / "other", live_server.fal).live_server(route="local-only") as walled:
         answer = walled.ask("remove-bg", body, X_Route="remote-only")
         assert (answer.status_code, answer.json()["code"]) == (503, "REMOTE_UNAVAILABLE")
 
 
 def test_fals_own_url_is_passed_through_where_the_operator_says_so(street: Street):
-    with street.house(pass_through_urls=True) as house:
-        answer = house.ask("image", ASK)
+    with street.live_server(pass_through_urls=True) as live_server:
+        answer = live_server.ask("image", ASK)
         assert answer.json() == {"imageUrl": f"{street.fal.url}/media/made.png", "seed": 3}
-        name = house.row(answer.headers["x-job-id"]).output_name
-        assert house.services.files.path(name).read_bytes() == picture(), "it is kept here all the same"
+        name = live_server.row(answer.headers["x-job-id"]).output_name
+        assert live_server.services.files.path(name).read_bytes() == picture(), "it is kept here all the same"
 
 
 def test_the_key_is_neither_shown_nor_logged(street: Street, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.DEBUG)
     street.fal.refuse("submit", 401, {"detail": "no"})
-    with street.house() as house:
-        house.ask("image", ASK)
+    with street.live_server() as live_server:
+        live_server.ask("image", ASK)
     assert KEY not in caplog.text
     assert KEY not in repr(street.settings())
 

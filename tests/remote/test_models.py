@@ -31,12 +31,12 @@ def fal() -> Iterator[FakeFal]:
 
 @pytest.fixture(scope="module")
 def open_house(fal: FakeFal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteHouse]:
-    with Street(tmp_path_factory.mktemp("data"), fal).house() as house:
-        yield house
+    with Street(tmp_path_factory.mktemp("data"), fal).live_server() as live_server:
+        yield live_server
 
 
 @pytest.fixture
-def house(open_house: RemoteHouse) -> RemoteHouse:
+def live_server(open_house: RemoteHouse) -> RemoteHouse:
     open_house.fal.reset()
     return open_house
 
@@ -76,23 +76,23 @@ def test_every_endpoint_has_its_facts_and_every_fact_a_case():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model} {case.workflow} {case.endpoint}")
-def test_the_exact_request_and_the_documented_answer(house: RemoteHouse, case: Case):
-    fal, kind = house.fal, CATALOG.models[case.model].kind
+def test_the_exact_request_and_the_documented_answer(live_server: RemoteHouse, case: Case):
+    fal, kind = live_server.fal, CATALOG.models[case.model].kind
     answers(fal, kind)
     body = {name: filled(value) for name, value in case.sent.items()} | {"model": case.model}
     prompt = {"prompt": "a boat"} if kind in ("image", "video") else {}
-    before = house.balance()
+    before = live_server.balance()
 
-    answer = house.ask(kind, body | prompt)
+    answer = live_server.ask(kind, body | prompt)
 
     assert answer.status_code == 200, answer.text
     assert [job.endpoint for job in fal.submitted] == [case.endpoint]
     assert named(fal, fal.submitted[0].arguments) == case.reaches | (prompt if case.prompt else {})
     assert answer.headers.get("x-ignored-fields", "") == case.ignored
     assert answer.headers["x-served-by"] == "fal"
-    assert before - house.balance() == int(answer.headers["x-credits-charged"]) > 0
-    check_answer(house, kind, case, answer.json())
-    assert KEY not in str(house.job(answer.headers["x-job-id"]))
+    assert before - live_server.balance() == int(answer.headers["x-credits-charged"]) > 0
+    check_answer(live_server, kind, case, answer.json())
+    assert KEY not in str(live_server.job(answer.headers["x-job-id"]))
 
 
 def answers(fal: FakeFal, kind: str) -> None:
@@ -104,10 +104,10 @@ def answers(fal: FakeFal, kind: str) -> None:
         fal.result = {"image": {"url": fal.serves("made.png", MADE), "width": 1, "height": 1}}
 
 
-def check_answer(house: RemoteHouse, kind: str, case: Case, answer: dict[str, Any]) -> None:
+def check_answer(live_server: RemoteHouse, kind: str, case: Case, answer: dict[str, Any]) -> None:
     url = answer.pop("videoUrl" if kind == "video" else "imageUrl")
     assert url.startswith("http://testserver/files/")
-    assert house.read(url) == (FILM if kind == "video" else MADE)
+    assert live_server.read(url) == (FILM if kind == "video" else MADE)
     match kind:
         case "video":
             assert answer == {"duration": 1.5}, "what the file really holds"
@@ -121,22 +121,22 @@ def check_answer(house: RemoteHouse, kind: str, case: Case, answer: dict[str, An
             assert answer == {}
 
 
-def test_one_shape_of_output_is_as_good_as_another(house: RemoteHouse):
-    url = house.fal.serves("made.png", MADE)
+def test_one_shape_of_output_is_as_good_as_another(live_server: RemoteHouse):
+    url = live_server.fal.serves("made.png", MADE)
     shapes = [{"images": [{"url": url}]}, {"image": {"url": url}}, {"images": [url]}, {"file": {"url": url}}]
-    for house.fal.result in [*shapes, {"image": {"url": data_url(MADE, "image/png")}}]:
-        answer = house.ask("image", {"prompt": "a", "model": "flux-pro"})
-        assert house.read(answer.json()["imageUrl"]) == MADE
-    video = house.fal.serves("made.mp4", FILM)
-    for house.fal.result in [{"video": {"url": video}}, {"video": [{"url": video}]}, {"file": {"url": video}}]:
-        assert house.ask("video", {"prompt": "a", "model": "kling-1.6"}).json()["duration"] == 1.5
+    for live_server.fal.result in [*shapes, {"image": {"url": data_url(MADE, "image/png")}}]:
+        answer = live_server.ask("image", {"prompt": "a", "model": "flux-pro"})
+        assert live_server.read(answer.json()["imageUrl"]) == MADE
+    video = live_server.fal.serves("made.mp4", FILM)
+    for live_server.fal.result in [{"video": {"url": video}}, {"video": [{"url": video}]}, {"file": {"url": video}}]:
+        assert live_server.ask("video", {"prompt": "a", "model": "kling-1.6"}).json()["duration"] == 1.5
 
 
-def test_the_file_is_named_for_what_it_is(house: RemoteHouse):
-    house.fal.result = {"images": [{"url": house.fal.serves("a.png", picture(format="JPEG"))}]}
-    answer = house.ask("image", {"prompt": "a", "model": "flux-pro"})
+def test_the_file_is_named_for_what_it_is(live_server: RemoteHouse):
+    live_server.fal.result = {"images": [{"url": live_server.fal.serves("a.png", picture(format="JPEG"))}]}
+    answer = live_server.ask("image", {"prompt": "a", "model": "flux-pro"})
     assert answer.json()["imageUrl"].endswith(".jpg")
-    assert house.client.get(answer.json()["imageUrl"]).headers["content-type"] == "image/jpeg"
+    assert live_server.client.get(answer.json()["imageUrl"]).headers["content-type"] == "image/jpeg"
 
 
 @pytest.mark.parametrize(
@@ -148,16 +148,18 @@ def test_the_file_is_named_for_what_it_is(house: RemoteHouse):
         ("recraft-v3", None, None, 0),
     ],
 )
-def test_the_answers_seed(house: RemoteHouse, model: str, sent: int | None, told: int | None, seed: int):
-    house.fal.result = {"images": [{"url": house.fal.serves("a.png", MADE)}]} | ({"seed": told} if told else {})
-    answer = house.ask("image", {"prompt": "a", "model": model, "seed": sent})
+def test_the_answers_seed(live_server: RemoteHouse, model: str, sent: int | None, told: int | None, seed: int):
+    live_server.fal.result = {"images": [{"url": live_server.fal.serves("a.png", MADE)}]} | (
+        {"seed": told} if told else {}
+    )
+    answer = live_server.ask("image", {"prompt": "a", "model": model, "seed": sent})
     assert answer.json()["seed"] == seed
 
 
-def test_a_seed_is_chosen_where_fal_would_not_tell_it(house: RemoteHouse):
-    house.fal.result = {"images": [{"url": house.fal.serves("a.png", MADE)}]}
-    answer = house.ask("image", {"prompt": "a", "model": "seedream-4.5", "imageUrl": INPUTS["<image>"]})
-    assert answer.json()["seed"] == house.fal.submitted[0].arguments["seed"]
+def test_a_seed_is_chosen_where_fal_would_not_tell_it(live_server: RemoteHouse):
+    live_server.fal.result = {"images": [{"url": live_server.fal.serves("a.png", MADE)}]}
+    answer = live_server.ask("image", {"prompt": "a", "model": "seedream-4.5", "imageUrl": INPUTS["<image>"]})
+    assert answer.json()["seed"] == live_server.fal.submitted[0].arguments["seed"]
 
 
 @pytest.mark.parametrize(
@@ -173,13 +175,13 @@ def test_a_seed_is_chosen_where_fal_would_not_tell_it(house: RemoteHouse):
     ],
 )  # fmt: skip
 def test_what_a_model_has_not_is_refused_before_anything_is_sent(
-    house: RemoteHouse, model: str, sent: dict[str, Any], error: str
+    live_server: RemoteHouse, model: str, sent: dict[str, Any], error: str
 ):
-    before = house.balance(), {path.name for path in house.services.files.root.iterdir()}
-    answer = house.ask("video", {"prompt": "a", "model": model, **sent})
+    before = live_server.balance(), {path.name for path in live_server.services.files.root.iterdir()}
+    answer = live_server.ask("video", {"prompt": "a", "model": model, **sent})
     assert (answer.status_code, answer.json()["error"]) == (400, error)
-    assert not house.fal.submitted and not house.fal.uploads
-    assert before == (house.balance(), {path.name for path in house.services.files.root.iterdir()})
+    assert not live_server.fal.submitted and not live_server.fal.uploads
+    assert before == (live_server.balance(), {path.name for path in live_server.services.files.root.iterdir()})
 
 
 @pytest.mark.parametrize(
@@ -190,29 +192,29 @@ def test_what_a_model_has_not_is_refused_before_anything_is_sent(
         ("kling-1.6", {"videoUrl": INPUTS["<video>"], "audioUrl": INPUTS["<audio>"]}, 5),
     ],
 )  # fmt: skip
-def test_a_video_costs_by_its_length(house: RemoteHouse, model: str, sent: dict[str, Any], credits: int):
-    answers(house.fal, "video")
-    answer = house.ask("video", {"prompt": "a", "model": model, **sent})
+def test_a_video_costs_by_its_length(live_server: RemoteHouse, model: str, sent: dict[str, Any], credits: int):
+    answers(live_server.fal, "video")
+    answer = live_server.ask("video", {"prompt": "a", "model": model, **sent})
     assert answer.headers["x-credits-charged"] == str(credits)
 
 
 def test_a_large_file_is_uploaded_in_parts(
-    fal: FakeFal, house: RemoteHouse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fal: FakeFal, live_server: RemoteHouse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr("server.remote.uploads.WHOLE_BYTES", 1000)
     monkeypatch.setattr("server.remote.uploads.PART_BYTES", len(FILM) // 3 + 1)
     answers(fal, "video")
-    answer = house.ask("video", {"prompt": "a", "model": "veo-3.1", "videoUrl": INPUTS["<video>"]})
+    answer = live_server.ask("video", {"prompt": "a", "model": "veo-3.1", "videoUrl": INPUTS["<video>"]})
     assert answer.status_code == 200
     assert fal.parts == [{"partNumber": n, "etag": f"etag-{n}"} for n in (1, 2, 3)]
     assert named(fal, fal.submitted[0].arguments)["video_url"] == "upload:mp4"
 
 
-def test_an_input_file_of_this_server_and_the_jobs_params(house: RemoteHouse):
-    answers(house.fal, "video")
-    made = house.ask("video", {"prompt": "a", "model": "kling-1.6"}).json()["videoUrl"]
-    answer = house.ask("video", {"prompt": "b", "model": "veo-3.1", "videoUrl": made, "duration": 7})
+def test_an_input_file_of_this_server_and_the_jobs_params(live_server: RemoteHouse):
+    answers(live_server.fal, "video")
+    made = live_server.ask("video", {"prompt": "a", "model": "kling-1.6"}).json()["videoUrl"]
+    answer = live_server.ask("video", {"prompt": "b", "model": "veo-3.1", "videoUrl": made, "duration": 7})
     assert answer.status_code == 200, answer.text
-    job = house.job(answer.headers["x-job-id"])
+    job = live_server.job(answer.headers["x-job-id"])
     assert job["params"] == {"prompt": "b", "duration": 7.0, "videoUrl": made}
     assert (job["servedBy"], job["device"], job["workflow"]) == ("fal", None, "extend")

@@ -58,38 +58,41 @@ def street(fal: FakeFal, tmp_path: Path) -> Street:
 
 
 @pytest.fixture
-def house(street: Street) -> Iterator[RemoteHouse]:
-    with street.house() as house:
-        yield house
+def live_server(street: Street) -> Iterator[RemoteHouse]:
+    with street.live_server() as live_server:
+        yield live_server
 
 
 ASK = {"prompt": "a", "model": "big"}
 
 
-def test_what_no_device_here_could_ever_hold_runs_at_fal(house: RemoteHouse):
-    answer = house.ask("image", ASK)
+def test_what_no_device_here_could_ever_hold_runs_at_fal(live_server: RemoteHouse):
+    answer = live_server.ask("image", ASK)
     assert (answer.status_code, answer.headers["x-served-by"]) == (200, "fal")
-    assert house.fal.submitted[0].arguments == {"prompt": "a"}, "and not what was chosen for here"
+    assert live_server.fal.submitted[0].arguments == {"prompt": "a"}, "and not what was chosen for here"
 
 
-def test_it_does_not_where_the_caller_or_the_model_keeps_it_here(house: RemoteHouse):
-    for answer in (house.ask("image", ASK, X_Route="local-only"), house.ask("image", {**ASK, "model": "big-here"})):
+def test_it_does_not_where_the_caller_or_the_model_keeps_it_here(live_server: RemoteHouse):
+    for answer in (
+        live_server.ask("image", ASK, X_Route="local-only"),
+        live_server.ask("image", {**ASK, "model": "big-here"}),
+    ):
         assert (answer.status_code, answer.json()["code"]) == (503, "DOES_NOT_FIT")
-    assert not house.fal.submitted
+    assert not live_server.fal.submitted
 
 
 def test_nor_without_a_key(street: Street):
-    with street.house(fal_key=None) as house:
-        assert house.ask("image", ASK).json()["code"] == "DOES_NOT_FIT"
+    with street.live_server(fal_key=None) as live_server:
+        assert live_server.ask("image", ASK).json()["code"] == "DOES_NOT_FIT"
 
 
-def test_a_model_that_fal_has_not_cannot_be_asked_for_there(house: RemoteHouse):
-    answer = house.ask("image", {**ASK, "model": "big-here"}, X_Route="remote-only")
+def test_a_model_that_fal_has_not_cannot_be_asked_for_there(live_server: RemoteHouse):
+    answer = live_server.ask("image", {**ASK, "model": "big-here"}, X_Route="remote-only")
     assert (answer.status_code, answer.json()["code"]) == (400, "UNSUPPORTED_WORKFLOW")
 
 
 def test_the_operator_may_send_everything_to_fal(street: Street):
-    with street.house(route="remote-only") as house:
-        assert house.ask("image", ASK).headers["x-served-by"] == "fal"
-        answer = house.ask("image", ASK, X_Route="local-only")
+    with street.live_server(route="remote-only") as live_server:
+        assert live_server.ask("image", ASK).headers["x-served-by"] == "fal"
+        answer = live_server.ask("image", ASK, X_Route="local-only")
         assert answer.json()["code"] == "DOES_NOT_FIT", "a caller may always keep a job here"

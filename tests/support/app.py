@@ -64,7 +64,7 @@ remove-bg = "cut"
 """
 
 
-class Instant:
+class InstantWorker:
     """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once."""
 
     def __init__(self, device: DeviceSpec, families: Any, on_event: Callable[[str, Any], None]) -> None:
@@ -73,7 +73,7 @@ class Instant:
         self.holds = True
 
     def start(self) -> None:
-        self.says(Ready())
+        self.emit(Ready())
 
     def send(self, command: Any) -> None:
         match command:
@@ -83,7 +83,7 @@ class Instant:
                 self.end(command)
             case Cancel(job_id):
                 self.held = [run for run in self.held if run.job_id != job_id]
-                self.says(Cancelled(job_id))
+                self.emit(Cancelled(job_id))
 
     def release(self, *, holds: bool = False) -> None:
         """End what is held; with `holds`, the next one is held again."""
@@ -94,11 +94,11 @@ class Instant:
     def end(self, run: Run) -> None:
         word, _, code = str(run.params.get("prompt", "")).partition(" ")
         if word == "fail":
-            return self.says(Failed(run.job_id, code, "It broke."))
+            return self.emit(Failed(run.job_id, code, "It broke."))
         run.output.write_bytes(PNG)
-        return self.says(Succeeded(run.job_id, 64, 64, 0.5))
+        return self.emit(Succeeded(run.job_id, 64, 64, 0.5))
 
-    def says(self, event: Any) -> None:
+    def emit(self, event: Any) -> None:
         asyncio.get_running_loop().call_soon(self.on_event, self.device.id, event)
 
     async def stop(self, patience_s: float) -> None:
@@ -106,7 +106,7 @@ class Instant:
 
 
 @dataclass
-class Someone:
+class ApiUser:
     """A user and how they call: `ask` posts JSON, `read` gets it."""
 
     id: str
@@ -130,18 +130,18 @@ class Someone:
         return (await self.read("/api/credits"))["balance"]
 
 
-class Front:
+class InProcessApp:
     """A served app and the people in front of it."""
 
     def __init__(self, made: Services, clock: Clock) -> None:
         self.services, self.clock = made, clock
         self.store = JobStore(Database(made.settings.database))  # of our own: the server's is its thread's
         self.db = self.store.db
-        self.app = create_app(made)
+        self.asgi = create_app(made)
         self.clients: list[httpx.AsyncClient] = []
 
     @property
-    def workers(self) -> list[Instant]:
+    def workers(self) -> list[InstantWorker]:
         return [worker.supervisor for worker in self.services.dispatcher.state.workers.values()]  # type: ignore[misc]
 
     def release(self, *, holds: bool = False) -> None:
@@ -150,24 +150,24 @@ class Front:
 
     def client(self, key: str = "", base_url: str = "http://127.0.0.1:8000") -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url=base_url, headers=headers)
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(self.asgi), base_url=base_url, headers=headers)
         self.clients.append(client)
         return client
 
-    def someone(self, name: str = "ada", *, plan: str = "studio", credits: int = 0, role: str = "user") -> Someone:
+    def create_user(self, name: str = "ada", *, plan: str = "studio", credits: int = 0, role: str = "user") -> ApiUser:
         with self.store.database.atomic() as db:
             user_id = users.create_user(db, name, f"{name}@example.com", self.clock(), plan=plan, role=role)
             if credits:
                 ledger.grant(db, user_id, credits, "test", self.clock())
-        return self.with_key(user_id)
+        return self.add_key(user_id)
 
-    def with_key(self, user_id: str, **options: Any) -> Someone:
+    def add_key(self, user_id: str, **options: Any) -> ApiUser:
         with self.store.database.atomic() as db:
             key = keys.create_key(db, user_id, "test", self.clock(), **options)
-        return Someone(user_id, key, self.client(key))
+        return ApiUser(user_id, key, self.client(key))
 
-    def owner(self) -> Someone:
-        return self.with_key(users.user_by_email(self.db, "owner@localhost"))
+    def owner(self) -> ApiUser:
+        return self.add_key(users.user_by_email(self.db, "owner@localhost"))
 
     def rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         return list(self.db.query(sql, values))
@@ -179,7 +179,7 @@ class Front:
             await self.services.jobs.database.call(lambda: None)
 
 
-def furnish(folder: Path) -> Settings:
+def install_test_models(folder: Path) -> Settings:
     """Two models that make pictures, one that enlarges and one that cuts out; their weights are a few bytes."""
     part = folder / "part.safetensors"
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -198,33 +198,33 @@ def furnish(folder: Path) -> Settings:
 
 
 @asynccontextmanager
-async def front(settings: Settings, clock: Clock | None = None) -> AsyncIterator[Front]:
+async def serve_app(settings: Settings, clock: Clock | None = None) -> AsyncIterator[InProcessApp]:
     """Serve `settings` in this event loop until the block ends."""
     clock = clock or Clock()
-    made = services.build_services(settings, [CPU], clock, spawn=Instant)  # type: ignore[arg-type]
-    it = Front(made, clock)
+    made = services.build_services(settings, [CPU], clock, spawn=InstantWorker)  # type: ignore[arg-type]
+    app = InProcessApp(made, clock)
     await made.start()
-    await it.settle()
+    await app.settle()
     try:
-        yield it
+        yield app
     finally:
-        for client in it.clients:
+        for client in app.clients:
             await client.aclose()
         await made.stop()
-        it.store.database.close()
+        app.store.database.close()
 
 
-def told(**options: Any) -> Callable[[Callable[[Front], Awaitable[None]]], Callable[[Path], None]]:
-    """A test told as a coroutine over a served app; `options` are settings."""
+def app_test(**options: Any) -> Callable[[Callable[[InProcessApp], Awaitable[None]]], Callable[[Path], None]]:
+    """Decorator: runs a coroutine test against the in-process app. `options` are settings."""
 
-    def wrap(test: Callable[[Front], Awaitable[None]]) -> Callable[[Path], None]:
+    def wrap(test: Callable[[InProcessApp], Awaitable[None]]) -> Callable[[Path], None]:
         def run(tmp_path: Path) -> None:
-            async def tell() -> None:
-                settings = furnish(tmp_path)
-                async with front(Settings(**{**vars(settings), **options})) as it:
-                    await test(it)
+            async def run_test() -> None:
+                settings = install_test_models(tmp_path)
+                async with serve_app(Settings(**{**vars(settings), **options})) as app:
+                    await test(app)
 
-            asyncio.run(tell())
+            asyncio.run(run_test())
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         return run

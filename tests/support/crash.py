@@ -33,7 +33,7 @@ class Toll:
     lost: list[str]
 
 
-class House:
+class LiveServer:
     """The server's process. Forked from one that has imported all of it, so that it is up again at once."""
 
     def __init__(self, folder: Path) -> None:
@@ -63,24 +63,24 @@ class House:
 
 def strike(folder: Path, kills: int, seed: int = 0) -> Toll:
     """So many kills, then a start that finishes what is left, and the books."""
-    rng, made, house = random.Random(seed), Counter[str](), House(folder)
-    house.start()
+    rng, made, live_server = random.Random(seed), Counter[str](), LiveServer(folder)
+    live_server.start()
     while made.total() < kills:
         if rng.random() < BUSY_SHARE:
             until(lambda: running(folder) > 0)
         time.sleep(rng.uniform(0, 0.05))
-        workers = house.workers()
+        workers = live_server.workers()
         if rng.random() < SERVER_SHARE:
-            os.kill(house.process.pid, signal.SIGKILL)  # type: ignore[union-attr, arg-type]
-            house.process.join()  # type: ignore[union-attr]
+            os.kill(live_server.process.pid, signal.SIGKILL)  # type: ignore[union-attr, arg-type]
+            live_server.process.join()  # type: ignore[union-attr]
             made["server"] += 1
-            house.start()
+            live_server.start()
         elif workers:
             kill_quietly(rng.choice(workers))
             made["worker"] += 1
-    os.kill(house.process.pid, signal.SIGKILL)  # type: ignore[union-attr, arg-type]
-    house.process.join()  # type: ignore[union-attr]
-    last = house.start(finish=True)
+    os.kill(live_server.process.pid, signal.SIGKILL)  # type: ignore[union-attr, arg-type]
+    live_server.process.join()  # type: ignore[union-attr]
+    last = live_server.start(finish=True)
     last.join(PATIENCE_S)
     assert last.exitcode == 0, f"the last server ended with {last.exitcode}"
     return audit(folder, made)

@@ -10,7 +10,7 @@ from tests.support.tiny import flux as tiny_flux
 from tests.support.tiny import video as tiny_video
 
 
-def furnish(folder: Path) -> Settings:
+def install_test_models(folder: Path) -> Settings:
     """A new server's settings: nothing is installed."""
     weights = folder / "weights" / "demo"
     tiny_flux.make_flux(weights / "flux", "schnell")

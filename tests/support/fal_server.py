@@ -104,7 +104,7 @@ class Street:
     options: dict[str, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def house(self, **options: Any) -> Iterator[RemoteHouse]:
+    def live_server(self, **options: Any) -> Iterator[RemoteHouse]:
         timing = options.pop("timing", QUICK)
         made = services.build_services(self.settings(**options), devices=[], timing=timing)
         self.key = self.key or made.first_key or ""

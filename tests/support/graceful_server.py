@@ -11,12 +11,12 @@ from server import services
 from server.app import create_app
 from server.cli.serve import GracefulServer
 from server.workers.supervisor import Supervisor
-from tests.support.app import CPU, furnish
+from tests.support.app import CPU, install_test_models
 
 
 def main(folder: Path, patience_s: float) -> None:
     made = services.build_services(
-        furnish(folder), [CPU], spawn=partial(Supervisor, module="tests.support.stub_worker")
+        install_test_models(folder), [CPU], spawn=partial(Supervisor, module="tests.support.stub_worker")
     )
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], made.first_key, flush=True)

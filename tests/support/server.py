@@ -128,7 +128,7 @@ files = ["elsewhere.safetensors"]
 
 
 @dataclass
-class House:
+class LiveServer:
     """A running server. `ask` posts JSON with the owner's key and answers the response."""
 
     services: Services
@@ -164,7 +164,7 @@ class House:
         raise AssertionError(f"still not so after {PATIENCE_S} s")
 
 
-def furnish(folder: Path) -> Settings:
+def install_test_models(folder: Path) -> Settings:
     """A data folder with every model of the test catalogue installed that can be, and its `weights.toml`."""
     weights = folder / "made"
     weights.mkdir(parents=True)
@@ -218,13 +218,13 @@ def tiny_upscaler(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def running(settings: Settings, devices: list[DeviceSpec] | None = None) -> Iterator[House]:
+def running(settings: Settings, devices: list[DeviceSpec] | None = None) -> Iterator[LiveServer]:
     """Serve `settings` from a thread until the block ends."""
     made = services.build_services(settings, [CPU] if devices is None else devices)
     key = made.first_key or a_key(made)
     with serving(made) as address, httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
         client.headers["Authorization"] = f"Bearer {key}"
-        yield House(made, client, key)
+        yield LiveServer(made, client, key)
 
 
 @contextlib.contextmanager

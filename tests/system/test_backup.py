@@ -28,7 +28,7 @@ def new_job(user: str, number: int) -> NewJob:
     return NewJob(f"j{number}", user, None, "image", "m", "text-to-image", {}, 1, f"{number:048x}.png", 1)
 
 
-def furnished(data: Path, jobs: int = 3) -> tuple[Settings, str]:
+def installed_models(data: Path, jobs: int = 3) -> tuple[Settings, str]:
     """A data folder with some succeeded jobs and their files."""
     settings = Settings(data=data)
     store = JobStore(Database(settings.database))
@@ -49,7 +49,7 @@ def finish(store: JobStore, settings: Settings, user: str, number: int) -> None:
 
 
 def test_a_backup_is_the_database_of_one_moment_and_comes_back(tmp_path: Path):
-    settings, _ = furnished(tmp_path / "data")
+    settings, _ = installed_models(tmp_path / "data")
     taken = backup.back_up(settings.database, settings.files, tmp_path / "copy")
     assert (taken.jobs, len(taken.files), taken.missing) == (3, 3, ())
     assert backup.file_list_path(tmp_path / "copy").read_text().split() == list(taken.files)
@@ -63,7 +63,7 @@ def test_a_backup_is_the_database_of_one_moment_and_comes_back(tmp_path: Path):
 
 def test_a_backup_under_load_adds_up(tmp_path: Path):
     """While jobs come and end all the time, every copy's books are in order."""
-    settings, user = furnished(tmp_path / "data")
+    settings, user = installed_models(tmp_path / "data")
     busy = threading.Event()
 
     def work() -> None:
@@ -91,7 +91,7 @@ def test_a_backup_under_load_adds_up(tmp_path: Path):
 
 
 def test_a_damaged_copy_is_not_restored(tmp_path: Path):
-    settings, _ = furnished(tmp_path / "data")
+    settings, _ = installed_models(tmp_path / "data")
     (tmp_path / "copy").write_bytes(b"x" * 10_000)
     with pytest.raises(DatabaseUnusable, match="damaged"):
         backup.restore(tmp_path / "copy", settings.database, settings.files)
@@ -129,7 +129,7 @@ def test_jobs_of_the_first_schema_outlive_the_upgrade(tmp_path: Path):
 
 
 def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path):
-    settings, _ = furnished(tmp_path)
+    settings, _ = installed_models(tmp_path)
     with sqlite3.connect(settings.database) as db:
         db.execute("INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES ('plantain', '9999_x', '')")
     before = settings.database.read_bytes()
@@ -148,7 +148,7 @@ def test_what_is_no_database_is_refused_and_named(tmp_path: Path):
 
 
 def test_a_page_of_rubbish_in_the_middle_is_named(tmp_path: Path):
-    settings, _ = furnished(tmp_path, jobs=40)
+    settings, _ = installed_models(tmp_path, jobs=40)
     with settings.database.open("r+b") as file:
         file.seek(3 * 4096)
         file.write(os.urandom(8 * 4096))
@@ -157,7 +157,7 @@ def test_a_page_of_rubbish_in_the_middle_is_named(tmp_path: Path):
 
 
 def test_a_database_that_another_process_holds_is_named(tmp_path: Path):
-    settings, _ = furnished(tmp_path)
+    settings, _ = installed_models(tmp_path)
     other = sqlite3.connect(settings.database)
     other.execute("BEGIN IMMEDIATE")
     assert list(doctor.database(settings))[-1][1].startswith("the database is locked by another process")
@@ -166,7 +166,7 @@ def test_a_database_that_another_process_holds_is_named(tmp_path: Path):
 
 
 def test_a_clock_set_back_and_files_that_are_gone_are_named(tmp_path: Path):
-    settings, _ = furnished(tmp_path)
+    settings, _ = installed_models(tmp_path)
     (settings.files / f"{1:048x}.png").unlink()
     said = [text for state, text in doctor.database(settings, NOW - 3600) if state == "note"]
     assert said[0] == "the clock was set back: the newest job is 3600 s in the future"
@@ -184,7 +184,7 @@ def test_callers_are_told_in_the_envelope(error: str, status: int, code: str):
 
 def test_a_full_disk_loses_nothing(tmp_path: Path):
     """SQLite's own limit on the file's size stands for the disk's."""
-    settings, user = furnished(tmp_path)
+    settings, user = installed_models(tmp_path)
     store = JobStore(Database(settings.database))
     pages = store.db.execute("PRAGMA page_count").fetchone()[0]
     store.db.execute(f"PRAGMA max_page_count = {pages}")
@@ -206,7 +206,7 @@ def plantain(*words: str | Path) -> tuple[int, str]:
 
 
 def test_backup_and_restore_at_the_command_line(tmp_path: Path):
-    settings, _ = furnished(tmp_path / "data")
+    settings, _ = installed_models(tmp_path / "data")
     code, told = plantain("backup", tmp_path / "copy", "--data", settings.data)
     assert (code, "3 jobs, 3 files" in told, "rsync -a --files-from=" in told) == (0, True, True)
     (settings.files / f"{1:048x}.png").unlink()
@@ -217,7 +217,7 @@ def test_backup_and_restore_at_the_command_line(tmp_path: Path):
 
 
 def test_nothing_is_restored_under_a_running_server(tmp_path: Path):
-    settings, _ = furnished(tmp_path / "data")
+    settings, _ = installed_models(tmp_path / "data")
     plantain("backup", tmp_path / "copy", "--data", settings.data)
     lock = lock_data(settings.data)
     code, told = plantain("restore", tmp_path / "copy", "--data", settings.data)
@@ -240,7 +240,7 @@ def test_a_damaged_database_is_one_line_at_the_command_line(tmp_path: Path):
 
 
 def test_promises_at_the_command_line(tmp_path: Path):
-    settings, _ = furnished(tmp_path / "data")
+    settings, _ = installed_models(tmp_path / "data")
     with contextlib.closing(sqlite3.connect(settings.database)) as db:
         db.execute("UPDATE job SET promised_start_at = started_at - 3")
         db.commit()
