@@ -40,21 +40,21 @@ class ImportCounts:
 
 def import_database(db: Database, secret: Secret, source: Path, now: float) -> ImportCounts:
     """Part of the caller's transaction. Raises BadRequest for what is no such database."""
-    brought = ImportCounts()
+    counts = ImportCounts()
     with _opened(source) as theirs:
         for user in _rows(theirs, "user"):
             if not _add_user(db, user, now):
-                brought.skipped += 1
+                counts.skipped += 1
                 continue
-            brought.users += 1
-            brought.passwords += _add_password(db, theirs, user["id"])
-            brought.sessions += _add_sessions(db, theirs, secret, user["id"], now)
-            brought.keys += _add_keys(db, theirs, user["id"], now)
-    return brought
+            counts.users += 1
+            counts.passwords += _add_password(db, theirs, user["id"])
+            counts.sessions += _add_sessions(db, theirs, secret, user["id"], now)
+            counts.keys += _add_keys(db, theirs, user["id"], now)
+    return counts
 
 
-def summary(brought: ImportCounts) -> str:
-    return ", ".join(f"{getattr(brought, field.name)} {field.name}" for field in fields(brought))
+def summary(counts: ImportCounts) -> str:
+    return ", ".join(f"{getattr(counts, field.name)} {field.name}" for field in fields(counts))
 
 
 def _add_user(db: Database, user: Mapping[str, Any], now: float) -> bool:
