@@ -1,5 +1,4 @@
-"""What text encoders made of prompts, kept in host memory: a repeated prompt needs no text encoder."""
-# FROM pipelines.hostram: The copies of weights that stay in host memory, page-locked where CUDA is, within a budget of bytes.
+"""LRU caches in host memory: copies of weights, page-locked where CUDA is used, and the embeddings of prompts."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -8,14 +7,21 @@ import torch
 from pipelines.residency.packed import PackedModule
 
 GIB = 2**30
+EMBEDDINGS_BUDGET_BYTES = 512 * 2**20
+"""A prompt's embeddings take 4 MB with Flux, so this is more than a hundred of them."""
+
+Tensors = tuple[torch.Tensor | None, ...]
 
 
 class HostMemoryExhausted(MemoryError):
-    """Host memory may not hold what a run needs. The message has the numbers."""
+    """The budget of host memory does not suffice for what a run needs. The message has the numbers."""
 
 
 class HostCache:
-    """By component key, least recently used first. `reserved` are bytes by key of copies that are being made."""
+    """Copies of weights by component key, least recently used first.
+
+    `budget_bytes` limits their sum with `reserved`, the bytes by key of copies that are being made.
+    """
 
     def __init__(self, budget_bytes: int | None = None) -> None:
         self.budget_bytes = budget_bytes
@@ -27,14 +33,15 @@ class HostCache:
         return sum(copy.weights_bytes for copy in self.copies.values())
 
     def find(self, key: str) -> PackedModule | None:
+        """The copy, which becomes the most recently used; None if there is none."""
         if copy := self.copies.pop(key, None):
             self.copies[key] = copy
         return copy
 
     def make_room(self, needed_bytes: int, in_use: Collection[str]) -> None:
-        """Drop copies that nothing on the device needs, the least recently used first.
+        """Drops copies, the least recently used first, but none whose key is `in_use`.
 
-        Raises HostRamShort if that is not enough; then nothing is dropped.
+        Raises HostMemoryExhausted if that does not suffice; then nothing is dropped.
         """
         if self.budget_bytes is None:
             return
@@ -49,7 +56,18 @@ class HostCache:
         while self.total_bytes + reserved_bytes + needed_bytes > self.budget_bytes:
             self.drop(free.pop(0))
 
+    def reserve(self, key: str, needed_bytes: int, in_use: Collection[str]) -> None:
+        """Makes room for a copy that is about to be made, and counts it as used. Raises HostMemoryExhausted."""
+        self.make_room(needed_bytes, in_use)
+        self.reserved[key] = needed_bytes
+
+    def release(self, key: str) -> None:
+        """Ends a reservation, if there is one."""
+        self.reserved.pop(key, None)
+
     def keep(self, key: str, copy: PackedModule) -> None:
+        """Adds a copy, which takes the place of its reservation."""
+        self.release(key)
         self.copies[key] = copy
 
     def drop(self, key: str) -> None:
@@ -60,16 +78,10 @@ class HostCache:
             self.drop(next(iter(self.copies)))
 
 
-BUDGET_BYTES = 512 * 2**20
-"""Flux takes 4 MB a prompt: over a hundred of them."""
-
-Tensors = tuple[torch.Tensor | None, ...]
-
-
 class EmbeddingCache:
-    """By what they were made with and from, least recently used first. Exactly the bits that the encoder gave."""
+    """Embeddings of prompts, least recently used first, bit for bit: a repeated prompt needs no text encoder."""
 
-    def __init__(self, budget_bytes: int = BUDGET_BYTES) -> None:
+    def __init__(self, budget_bytes: int = EMBEDDINGS_BUDGET_BYTES) -> None:
         self.budget_bytes = budget_bytes
         self._kept: dict[tuple[object, ...], Tensors] = {}
 
@@ -80,9 +92,9 @@ class EmbeddingCache:
     def get(
         self, key: tuple[object, ...], device: torch.device, make: Callable[[], Sequence[torch.Tensor | None]]
     ) -> Tensors:
-        """The tensors of `key` on the device; `make` runs if they are not kept. What it raises comes out.
+        """The tensors of `key`, on the device. Calls `make` on a cache miss, and raises what it raises.
 
-        The key names encoder keys, tokenizers, the text and its greatest length, and whatever else changes the result.
+        The key must contain everything that changes the result: encoders, tokenizers, the text and its maximum length.
         """
         kept = self._kept.pop(key, None)
         if kept is None:
@@ -92,6 +104,9 @@ class EmbeddingCache:
         while self._kept and self.total_bytes > self.budget_bytes:
             del self._kept[next(iter(self._kept))]
         return tuple(None if tensor is None else tensor.to(device) for tensor in kept)
+
+    def clear(self) -> None:
+        self._kept.clear()
 
 
 def tensors_bytes(tensors: Tensors) -> int:

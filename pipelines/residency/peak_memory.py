@@ -1,4 +1,4 @@
-"""How many bytes each phase of a run took beside the weights, at its peak."""
+"""Peak memory of each phase of a run, in bytes, without the weights."""
 
 import ctypes
 import re
@@ -17,20 +17,20 @@ RESET_PEAK = "5"
 
 class Gauge(Protocol):
     def reset(self, give_back: bool = True) -> None:
-        """The peak is what is taken now; what is free but kept for later goes back to the system first, or stays."""
+        """Sets the peak to the current use. With `give_back`, unused cached memory is returned to the system before."""
         ...
 
     def peaks(self) -> tuple[int, int]:
-        """(taken, in use) at most since the last reset; with the weights, and on a CPU with the whole process."""
+        """(reserved, in use): the highest bytes since the last reset, with weights; on a CPU, of the whole process."""
         ...
 
 
 class CudaGauge:
-    """What the allocator took from the device: that decides whether another program's memory is left alone."""
+    """Bytes that torch's allocator reserved on the device: that is what other programs cannot use."""
 
     def reset(self, give_back: bool = True) -> None:
         if give_back:
-            torch.cuda.empty_cache()  # else a phase answers for what the one before it had
+            torch.cuda.empty_cache()  # else memory cached by the previous phase counts for this one
         torch.cuda.reset_peak_memory_stats()
 
     def peaks(self) -> tuple[int, int]:
@@ -38,12 +38,12 @@ class CudaGauge:
 
 
 class ProcessGauge:
-    """The process's resident set, as Linux counts it; files that are mapped count while they are read."""
+    """The resident set of this process, as Linux counts it. Pages of mapped files count while they are read."""
 
     def reset(self, give_back: bool = True) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim and give_back:
-            trim(0)  # else memory that was freed and kept for the next run would be nobody's
+            trim(0)  # else freed memory that malloc keeps would count as the run's
         CLEAR_REFS.write_text(RESET_PEAK)
 
     def peaks(self) -> tuple[int, int]:
@@ -57,29 +57,29 @@ def kibibytes(name: str) -> int:
 
 
 def gauge_for(device: torch.device) -> Gauge | None:
-    """None where nothing can be measured."""
+    """None if peaks cannot be measured here (neither CUDA nor Linux)."""
     if device.type == "cuda":
         return CudaGauge()
     return ProcessGauge() if CLEAR_REFS.exists() else None
 
 
 class PeakMeter:
-    """For one run at a time. What a phase had before and after weights were loaded counts, the loading itself does not.
+    """Records the peaks of one run at a time, by phase, with `weights_bytes` subtracted.
 
-    `weights_bytes` tells what the weights take now: on a CPU in the process, else on the device. While `blind`, nothing
-    is written down: something that is not the run's takes memory of the process.
+    What a phase used before and after weights were loaded counts; the loading itself does not: callers `record` before
+    they move weights and `restart` afterwards. `weights_bytes` returns the bytes of weights in the measured memory.
     """
 
     def __init__(self, gauge: Gauge | None, weights_bytes: Callable[[], int]) -> None:
         self._gauge, self._weights_bytes = gauge, weights_bytes
-        self._found: dict[str, Peak] = {}
+        self._peaks: dict[str, Peak] = {}
         self._phase: str | None = None
         self._base_bytes = 0
-        self.paused = False
+        self._paused = False
 
     def begin(self) -> None:
-        """A run starts: what the process has now, less the weights, is nobody's working memory."""
-        self._found, self._phase = {}, None
+        """Starts a run. What the process uses now besides weights is the base, and does not count."""
+        self._peaks, self._phase = {}, None
         if self._gauge:
             self._gauge.reset()
             self._base_bytes = max(0, self._gauge.peaks()[0] - self._weights_bytes())
@@ -90,21 +90,30 @@ class PeakMeter:
         self.restart()
 
     def record(self) -> None:
-        """Write down the peak since the last restart."""
-        if self._gauge is None or self._phase is None or self.paused:
+        """Records the peak since the last restart, if it is the highest of its phase."""
+        if self._gauge is None or self._phase is None or self._paused:
             return
         weights_bytes = self._weights_bytes()
-        beside = [max(0, peak - self._base_bytes - weights_bytes) for peak in self._gauge.peaks()]
-        last = self._found.get(self._phase)
-        if last is None or beside[0] > last.working_bytes:
-            self._found[self._phase] = Peak(self._phase, beside[0], beside[1], weights_bytes)
+        working, allocated = (max(0, peak - self._base_bytes - weights_bytes) for peak in self._gauge.peaks())
+        last = self._peaks.get(self._phase)
+        if last is None or working > last.working_bytes:
+            self._peaks[self._phase] = Peak(self._phase, working, allocated, weights_bytes)
 
     def restart(self, give_back: bool = True) -> None:
         if self._gauge:
             self._gauge.reset(give_back)
 
+    def pause(self) -> None:
+        """Records nothing until `resume`."""
+        self.record()
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        self.restart(give_back=False)
+
     def end(self) -> tuple[Peak, ...]:
-        """The peaks of the run, in the order of its phases."""
+        """Ends the run. Returns its peaks, in the order of its phases."""
         self.record()
         self._phase = None
-        return tuple(self._found.values())
+        return tuple(self._peaks.values())

@@ -1,14 +1,11 @@
-"""The worker's second thread: it brings components of the next job while the first thread runs the current one."""
-# FROM pipelines.fetching: One component that a later run needs, brought by another thread while a run is under way.
+"""Prefetching: a second thread loads components of the next job while the first thread runs the current one."""
 
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 
@@ -16,7 +13,7 @@ from pipelines.base import Component, Loader, UnusableWeights, Weights, family_m
 from pipelines.residency.host_cache import HostMemoryExhausted
 from pipelines.residency.loader_process import LoaderProcess, LoaderProcessError
 from pipelines.residency.packed import PackedModule, ResidentCopy
-from pipelines.residency.residency import Books, DeviceObject, PendingComponent, PrefetchCancelled, Residency
+from pipelines.residency.residency import DeviceObject, PendingComponent, PrefetchCancelled, Residency
 from pipelines.residency.transfer import BackgroundTransfer
 
 log = logging.getLogger("plantain.prefetch")
@@ -24,134 +21,9 @@ log = logging.getLogger("plantain.prefetch")
 Make = Callable[[Component], PackedModule | DeviceObject]
 
 
-def prefetch_component(books: Books, component: Component, make: Make, coming: PendingComponent) -> None:
-    """Bring a component to the device, or (`coming.to_device` is False) into host memory only.
-
-    `make` runs if the host has no copy. Raises whatever it raises, HostRamShort, and CalledOff: then nothing came.
-    """
-    key = component.key
-    with books.lock:
-        if key in books.on_device or (key in books.host.copies and not coming.to_device):
-            return
-        packed = books.host.find(key)
-        if packed is None and books.copies_to_device:
-            books.host.make_room(component.weights_bytes, {*books.on_device, *books.run_keys})
-            books.host.reserved[key] = component.weights_bytes
-        books.pending[key] = coming
-    try:
-        with torch.no_grad():
-            _ComponentPrefetch(books, component, coming).run(packed, make)
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they keep what was on its way
-        raise
-    finally:
-        with books.lock:
-            if coming.device_bytes and key not in books.on_device:
-                books._move_unmeasured(lambda: coming.reserve(0))
-                if torch.cuda.is_initialized():
-                    torch.cuda.empty_cache()
-            books.host.reserved.pop(key, None)
-            del books.pending[key]
-            books.lock.notify_all()
-
-
-class _ComponentPrefetch:
-    """One component on its way. May be called off between any two steps."""
-
-    def __init__(self, books: Books, component: Component, coming: PendingComponent) -> None:
-        self._books, self._component, self._coming = books, component, coming
-
-    def run(self, packed: PackedModule | None, make: Make) -> None:
-        """`packed` is the host's copy, if there is one."""
-        if packed is None:
-            made = self._make(make)
-            if isinstance(made, DeviceObject) or not self._books.copies_to_device:
-                return
-            packed = made
-        if self._coming.to_device:
-            self._copy(packed)
-
-    def _make(self, make: Make) -> PackedModule | DeviceObject:
-        """Load it; then it is in the host's memory, or, where the host keeps no copy of it, on the device."""
-        books = self._books
-        made = self._loaded(lambda: make(self._component))
-        if isinstance(made, PackedModule) and books.copies_to_device:
-            made.page_lock(books.device)
-        with books.lock:
-            if self._coming.cancelled:
-                if isinstance(made, PackedModule):
-                    made.free_host()
-                raise PrefetchCancelled
-            books._record(self._component)
-            if isinstance(made, PackedModule) and books.copies_to_device:
-                books._move_unmeasured(lambda: books.host.keep(self._component.key, made))
-            else:
-                books._move_unmeasured(lambda: self._arrived(made), made)
-        return made
-
-    def _loaded(self, make: Callable[[], Any]) -> Any:
-        with self._books.lock:
-            self._check()
-            self._coming.loading = True
-        try:
-            return make()
-        except Exception:
-            self._check()  # it was stopped
-            raise
-        finally:
-            self._coming.loading = False
-
-    def _copy(self, packed: PackedModule) -> None:
-        """From the host's memory to the device, block by block."""
-        books, coming = self._books, self._coming
-        with books.lock:
-            self._check()
-            buffer = torch.empty_like(packed.host, device=books.device)
-            books._move_unmeasured(lambda: coming.reserve(buffer.nbytes))
-        device_copy = ResidentCopy(packed, BackgroundTransfer(books.device, self._check), buffer)
-        with books.lock:
-            packed.attach(device_copy)
-            if coming.cancelled:
-                packed.free_device()
-                raise PrefetchCancelled
-            coming.reserve(0)
-            self._arrived(packed)
-
-    def _arrived(self, made: PackedModule | DeviceObject) -> None:
-        # No run has used it yet: the first to go.
-        self._books.on_device = {self._component.key: made, **self._books.on_device}
-
-    def _check(self) -> None:
-        with self._books.lock:
-            if self._coming.cancelled:
-                raise PrefetchCancelled
-
-
-@contextmanager
-def load_in_background(books: Books) -> Iterator[None]:
-    """Another thread loads in this process. Not while the run does: some loaders change torch for all threads.
-
-    A CPU's run is not measured meanwhile: it cannot tell what it takes itself.
-    """
-    measure(books, False)
-    try:
-        with books.loading:
-            yield
-    finally:
-        measure(books, True)
-
-
-def measure(books: Books, on: bool) -> None:
-    if books.device.type == "cpu":
-        with books.lock:
-            books.meter.record()
-            books.meter.paused = not on
-            books.meter.restart(give_back=False)
-
-
 @dataclass(frozen=True)
 class PrefetchRequest:
-    """What to bring for a job, in order: keys for the device, and keys for the host's memory only."""
+    """What to load for a job, in order: keys of components for the device, and keys for host memory only."""
 
     job_id: str
     weights: Weights
@@ -161,8 +33,10 @@ class PrefetchRequest:
 
 @dataclass
 class Prefetcher:
-    """`on_event` is called on this thread: with the job's id and nothing after each component; at an request's end with the
-    job's id and what went wrong, or an empty text. Nothing that goes wrong here is of any concern to the running job.
+    """Runs prefetch requests on a thread of its own, one at a time. Its errors do not affect the running job.
+
+    `on_event` is called on that thread, with the job's id: with None after each component, and at the end of a request
+    with the reason why it was incomplete, or an empty string.
     """
 
     residency: Residency
@@ -173,7 +47,7 @@ class Prefetcher:
     _thread: threading.Thread | None = None
 
     def submit(self, request: PrefetchRequest) -> None:
-        """Instead of what an request before this one has not begun to bring."""
+        """Replaces the previous request, apart from the component that it is loading now."""
         self._latest = request
         self._requests.put(request)
         if self._thread is None:
@@ -181,7 +55,7 @@ class Prefetcher:
             self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and what it brings."""
+        """Cancels all prefetches and ends the thread and the loader process."""
         self._latest = None
         if self._thread:
             self._requests.put(None)
@@ -194,21 +68,21 @@ class Prefetcher:
             self.on_event(request.job_id, self._run(request))
 
     def _run(self, request: PrefetchRequest) -> str:
-        """What went wrong, for the operator; an empty text where all came."""
+        """Returns why the request is incomplete, for the operator; an empty string if everything was loaded."""
         try:
             loader = family_module(request.weights.family).loader(request.weights, self.residency.device)
             for key in (*request.to_device, *request.to_host):
                 if request is not self._latest:
-                    return "another job comes first now"
+                    return "replaced by a request for another job"
                 to_device = key in request.to_device
                 component = next(each for each in request.weights.components if each.key == key)
                 if component.storage and loader.needs_subprocess:
-                    continue  # its layers are not torch's own, and cannot be handed over by another process
+                    continue  # quantised layers are not torch's own classes: the loader process cannot transfer them
                 if to_device or loader.returns_module:
-                    self._fetch(request.weights, component, loader, to_device)
+                    self._prefetch(request.weights, component, loader, to_device)
                     self.on_event(request.job_id, None)
         except PrefetchCancelled:
-            return "its place was needed"
+            return "cancelled: its memory was needed"
         except (UnusableWeights, LoaderProcessError, HostMemoryExhausted, torch.OutOfMemoryError) as error:
             log.warning("for job %s: %s", request.job_id, error)
             return str(error)
@@ -217,15 +91,62 @@ class Prefetcher:
             return repr(error)
         return ""
 
-    def _fetch(self, weights: Weights, component: Component, loader: Loader, to_device: bool) -> None:
-        coming = PendingComponent(
-            component.weights_bytes, to_device, self.loader_process.kill if loader.needs_subprocess else lambda: None
-        )
-        prefetch_component(self.residency, component, lambda part: self._made(weights, part, loader), coming)
+    def _prefetch(self, weights: Weights, component: Component, loader: Loader, to_device: bool) -> None:
+        stop = self.loader_process.kill if loader.needs_subprocess else lambda: None
+        prefetch_component(self.residency, component, lambda part: self._load(weights, part, loader), to_device, stop)
 
-    def _made(self, weights: Weights, component: Component, loader: Loader) -> PackedModule | DeviceObject:
+    def _load(self, weights: Weights, component: Component, loader: Loader) -> PackedModule | DeviceObject:
         if loader.needs_subprocess:
             return self.loader_process.load(weights, component, self.residency.device)
-        with load_in_background(self.residency):
+        with self.residency.pause_metering(), self.residency.loading:
             loaded = loader.load(component)
         return PackedModule.of(loaded) if loader.returns_module else DeviceObject(loaded, component.weights_bytes)
+
+
+def prefetch_component(
+    residency: Residency,
+    component: Component,
+    make: Make,
+    to_device: bool = True,
+    stop: Callable[[], None] = lambda: None,
+) -> None:
+    """Loads a component to the device, or into host memory only. `make` runs if the host has no copy.
+
+    `stop` aborts `make`. Raises whatever `make` raises, HostMemoryExhausted, and PrefetchCancelled; then nothing is
+    left of it, except a copy in host memory that was complete.
+    """
+    pending = residency.reserve(component, to_device, stop)
+    if pending is None:
+        return
+    try:
+        with torch.no_grad():
+            _ComponentPrefetch(residency, pending).run(make)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # their local variables refer to the buffers
+        residency.abandon(component.key)
+        raise
+
+
+class _ComponentPrefetch:
+    """One prefetch, with cancellation points between its steps."""
+
+    def __init__(self, residency: Residency, pending: PendingComponent) -> None:
+        self._residency, self._pending, self._component = residency, pending, pending.component
+
+    def run(self, make: Make) -> None:
+        packed = self._pending.host_copy or self._load(make)
+        if packed:
+            self._copy(packed)
+
+    def _load(self, make: Make) -> PackedModule | None:
+        """Returns the module in host memory, if it is to be copied to the device."""
+        made = self._pending.load(lambda: make(self._component))
+        if isinstance(made, PackedModule) and self._residency.copies_to_device:
+            made.page_lock(self._residency.device)
+        return self._residency.publish(self._component, made)
+
+    def _copy(self, packed: PackedModule) -> None:
+        """Copies the weights from host memory to the device, block by block."""
+        buffer = self._residency.allocate(self._component.key, packed.weights_bytes)
+        transfer = BackgroundTransfer(self._residency.device, self._pending.check)
+        self._residency.publish_copy(self._component.key, packed, ResidentCopy(packed, transfer, buffer))

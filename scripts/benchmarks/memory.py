@@ -85,7 +85,7 @@ def run(
 ) -> tuple[Peak, ...]:
     need = replace(need_of(subject.weights, working, shape_of(params)), ways=(ExecutionMode(tier),))
     way = mode_for_worker(need, DeviceState("bench", need.bytes_in(ExecutionMode(tier))))
-    residency.embeddings.__init__()  # every run encodes
+    residency.embeddings.clear()  # every run encodes
     residency.begin_run(way)
     pipeline.generate(params, lambda phase, step, steps: residency.enter_phase(phase))
     return residency.end_run()

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.base import Component, UnusableWeights, Weights
+from pipelines.base import Component, ExecutionMode, UnusableWeights, Weights
 from pipelines.loading import load_component
 from pipelines.residency.host_cache import HostMemoryExhausted
 from pipelines.residency.loader_process import LoaderProcess, LoaderProcessError
 from pipelines.residency.packed import PackedModule
 from pipelines.residency.prefetch import Prefetcher, PrefetchRequest, prefetch_component
-from pipelines.residency.residency import PendingComponent, PrefetchCancelled, Residency
+from pipelines.residency.residency import PrefetchCancelled, Residency
 from tests.pipelines.residency.test_residency import MIXED_BYTES, Loads, Mixed, X, component, large
 from tests.support.tiny import flux as tiny_flux
 from tests.support.tiny import video as tiny_video
@@ -134,14 +134,14 @@ def test_a_process_that_was_killed_is_told_and_another_one_is_started(apart: Loa
 
 
 def test_what_was_fetched_is_there_and_is_not_loaded_again(residency: Residency):
-    prefetch_component(residency, component(), packed, PendingComponent(0, to_device=True))
+    prefetch_component(residency, component(), packed, to_device=True)
     assert residency.resident() == (("k", MIXED_BYTES),)
     assert torch.equal(residency.acquire(component(), fail)(X), Mixed()(X))
 
 
 def test_what_was_fetched_into_host_memory_is_one_copy_away():
     residency = Residency("cpu", copies_to_device=True)
-    prefetch_component(residency, component(), packed, PendingComponent(0, to_device=False))
+    prefetch_component(residency, component(), packed, to_device=False)
     assert residency.resident() == ()
     assert [(each.key, each.host_bytes) for each in residency.component_statuses()] == [("k", MIXED_BYTES)]
     assert torch.equal(residency.acquire(component(), fail)(X), Mixed()(X))
@@ -149,9 +149,7 @@ def test_what_was_fetched_into_host_memory_is_one_copy_away():
 
 def test_whoever_wants_to_hold_what_is_on_its_way_waits_and_it_is_loaded_once(residency: Residency):
     gate = Gate()
-    thread, raised = beside(
-        lambda: prefetch_component(residency, component(), gate, PendingComponent(0, to_device=True))
-    )
+    thread, raised = beside(lambda: prefetch_component(residency, component(), gate, to_device=True))
     assert gate.begun.wait(PATIENCE_S)
     holder, refused = beside(lambda: residency.acquire(component(), fail))
     gate.open.set()
@@ -164,7 +162,7 @@ def test_a_fetch_that_fails_leaves_nothing_and_the_run_meets_the_error_itself(re
         raise UnusableWeights("truncated")
 
     with pytest.raises(UnusableWeights):
-        prefetch_component(residency, component(), broken, PendingComponent(10, to_device=True))
+        prefetch_component(residency, component(weights_bytes=10), broken)
     assert residency.resident() == residency.component_statuses() == ()
     with pytest.raises(UnusableWeights):
         residency.acquire(component(), broken)
@@ -173,9 +171,7 @@ def test_a_fetch_that_fails_leaves_nothing_and_the_run_meets_the_error_itself(re
 
 def test_an_evict_calls_off_what_is_on_its_way_and_comes_back_once_nothing_of_it_is_left(residency: Residency):
     gate = Gate()
-    thread, raised = beside(
-        lambda: prefetch_component(residency, component(), gate, PendingComponent(10, True, gate.stop))
-    )
+    thread, raised = beside(lambda: prefetch_component(residency, component(weights_bytes=10), gate, True, gate.stop))
     assert gate.begun.wait(PATIENCE_S)
     assert residency.resident() == (("k", 10),), "its bytes are promised"
     residency.evict("k")
@@ -186,26 +182,20 @@ def test_an_evict_calls_off_what_is_on_its_way_and_comes_back_once_nothing_of_it
 
 def test_copies_that_are_being_made_count_and_never_take_the_place_of_what_the_run_may_hold():
     residency = Residency("cpu", copies_to_device=True, host_budget_bytes=2 * MIXED_BYTES)
-    residency.begin_run(residency.mode, ["run"])
+    residency.begin_run(ExecutionMode(), ["run"])
     for key in ("run", "old"):
-        prefetch_component(
-            residency, component(key, MIXED_BYTES), packed, PendingComponent(MIXED_BYTES, to_device=False)
-        )
-    prefetch_component(residency, component("new", MIXED_BYTES), packed, PendingComponent(MIXED_BYTES, to_device=False))
+        prefetch_component(residency, component(key, MIXED_BYTES), packed, to_device=False)
+    prefetch_component(residency, component("new", MIXED_BYTES), packed, to_device=False)
     assert [each.key for each in residency.component_statuses()] == ["run", "new"], "what the run may hold stays"
     with pytest.raises(HostMemoryExhausted):
-        prefetch_component(
-            residency, component("large", 2 * MIXED_BYTES), packed, PendingComponent(MIXED_BYTES, to_device=False)
-        )
+        prefetch_component(residency, component("large", 2 * MIXED_BYTES), packed, to_device=False)
 
 
 def test_a_run_that_needs_the_room_gets_it():
     residency = Residency("cpu", copies_to_device=True, host_budget_bytes=MIXED_BYTES)
     gate = Gate()
     thread, raised = beside(
-        lambda: prefetch_component(
-            residency, component("next", MIXED_BYTES), gate, PendingComponent(MIXED_BYTES, True, gate.stop)
-        )
+        lambda: prefetch_component(residency, component("next", MIXED_BYTES), gate, True, gate.stop)
     )
     assert gate.begun.wait(PATIENCE_S)
     residency.acquire(component("run", MIXED_BYTES), Loads())
@@ -217,13 +207,13 @@ def test_a_run_that_needs_the_room_gets_it():
 def test_what_comes_or_goes_beside_a_run_is_not_taken_for_its_working_memory():
     size_bytes = 128 * 2**20
     residency = Residency("cpu")
-    residency.begin_run(residency.mode)
+    residency.begin_run(ExecutionMode())
     residency.enter_phase("denoise")
     prefetch_component(
         residency,
         component(weights_bytes=size_bytes),
         lambda _: PackedModule.of(large(size_bytes)),
-        PendingComponent(size_bytes, True),
+        to_device=True,
     )
     residency.enter_phase("decode")
     residency.evict("k")
@@ -285,7 +275,7 @@ def test_on_cuda_what_comes_beside_a_run_is_the_same_bits_and_the_allocators_byt
     work = torch.randn(4096, 4096, device="cuda")
     make = lambda _: PackedModule.of(large(size_bytes))  # noqa: E731
     thread, raised = beside(
-        lambda: prefetch_component(residency, component("next"), make, PendingComponent(size_bytes, to_device=True)),
+        lambda: prefetch_component(residency, component("next"), make, to_device=True),
     )
     for _ in range(100):
         work = (work @ work).clamp(-1, 1)

@@ -230,7 +230,7 @@ def test_every_tier_makes_the_same_picture_and_drops_what_its_phase_does_not_nee
     assert len(names_held(residency)) == 4
     for _ in range(2):
         for tier in ("staged", "streamed"):
-            residency.embeddings = EmbeddingCache()
+            residency.embeddings.clear()
             assert picture(flux, residency, way(folder, tier)) == expected
             assert names_held(residency) == ["vae"]
     assert picture(flux, residency, ExecutionMode()) == expected
@@ -248,7 +248,7 @@ def test_pictures_are_the_same_bits_after_100_random_swaps(folder: Path, copies:
         residency.evict(chance.choice(keys))
         residency.acquire(parts[chance.choice(keys)], load_component)
     for tier in ("resident", "staged", "streamed"):
-        residency.embeddings = EmbeddingCache()
+        residency.embeddings.clear()
         assert picture(flux, residency, way(folder, tier)) == expected
 
 
