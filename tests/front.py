@@ -62,7 +62,10 @@ class Clock:
 
 
 class Instant:
-    """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once."""
+    """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once.
+
+    A job `only WAY` runs out of memory in every other way.
+    """
 
     def __init__(self, device: DeviceSpec, on_event: Callable[[str, Any], None]) -> None:
         self.device, self.on_event = device, on_event
@@ -92,6 +95,8 @@ class Instant:
         word, _, code = str(run.params.get("prompt", "")).partition(" ")
         if word == "fail":
             return self.says(Failed(run.job_id, code, "It broke."))
+        if word == "only" and run.way.name != code:
+            return self.says(Failed(run.job_id, "OUT_OF_MEMORY", "The device ran out of memory."))
         run.output.write_bytes(PNG)
         return self.says(Succeeded(run.job_id, 64, 64, 0.5))
 
@@ -195,12 +200,12 @@ def furnish(folder: Path) -> Settings:
 
 
 @asynccontextmanager
-async def front(settings: Settings, clock: Clock | None = None) -> AsyncIterator[Front]:
+async def front(settings: Settings, clock: Clock | None = None, device: DeviceSpec = CPU) -> AsyncIterator[Front]:
     """Serve `settings` in this event loop until the block ends."""
     clock = clock or Clock()
-    made = services.make(settings, [CPU], clock)
+    made = services.make(settings, [device], clock)
     for worker in made.dispatcher.workers.values():
-        worker.supervisor = Instant(CPU, made.dispatcher._worker_said)  # type: ignore[assignment]
+        worker.supervisor = Instant(device, made.dispatcher._worker_said)  # type: ignore[assignment]
     it = Front(made, clock)
     await made.start()
     await it.settle()

@@ -17,9 +17,11 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Kind
 from PIL import Image
 
+from pipelines import compiled
 from pipelines.base import TIERS, Way, Weights
 from pipelines.catalog import Catalog
 from pipelines.flux import build
@@ -38,6 +40,12 @@ from tests.tiny_gguf import tensors_of, write_gguf
 
 PROMPT = "a large red circle on a blue background"
 DEMO = PROJECT / "weights/demo/flux"
+COMPILES = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("g++") is None and os.environ.get("CI") != "true", reason="torch.compile needs a compiler"
+    ),
+]
 
 
 def shows(picture: Any, shape: str = "circle", colour: str = "red", background: str = "blue") -> bool:
@@ -70,7 +78,8 @@ def test_in_each_tier(demo: Weights, tier: str):
     assert shows(make(demo, Residency("cpu", copies_to_device=True), tier))
 
 
-def test_after_ten_swaps_with_another_model(demo: Weights, tmp_path: Path):
+@pytest.mark.parametrize("swaps", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_after_swaps_with_another_model(demo: Weights, tmp_path: Path, swaps: int):
     """Each evicts the other, and leaves its bytes on the host."""
     folder = tiny.make_flux(tmp_path / "flux", "dev")
     (tmp_path / "weights.toml").write_text(table("flux", folder))
@@ -81,7 +90,7 @@ def test_after_ten_swaps_with_another_model(demo: Weights, tmp_path: Path):
     residency = Residency("cpu", copies_to_device=True)
     first = make(demo, residency)
     assert shows(first)
-    for _ in range(10):
+    for _ in range(swaps):
         residency.evict_all()
         assert not shows(make(other, residency)), "random weights draw nothing of the kind"
         residency.evict_all()
@@ -108,10 +117,12 @@ def test_quantised(kind: str, tmp_path: Path):
     assert shows(make(quantised, Residency("cpu")))
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None and os.environ.get("CI") != "true", reason="torch.compile needs a compiler"
-)
-def test_compiled(demo: Weights):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=COMPILES)])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+def test_compiled(demo: Weights, backend: str, monkeypatch: pytest.MonkeyPatch):
+    """`eager` runs the graphs that the compiler would be given."""
+    torch.compiler.reset()
+    monkeypatch.setattr(compiled, "BACKEND", backend)
     assert shows(make(replace(demo, compiled=True), Residency("cpu")))
 
 
