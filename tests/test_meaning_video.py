@@ -9,13 +9,13 @@ import av
 import numpy as np
 import pytest
 
-from pipelines.catalog import WEIGHTS_TOML
 from scripts.demo.moving import SPEED, draw_clip
 from scripts.demo.score_clips import direction_of, distance
 from scripts.demo.seen import look
 from scripts.demo.trial import KEPT, picture_of
 from scripts.demo.world import Scene
 from server.settings import PROJECT, Settings
+from tests.demo import write_catalogue
 from tests.house import House, data_url, running
 
 GENERATE = "/api/video/fal/generate"
@@ -25,15 +25,10 @@ pytestmark = pytest.mark.parametrize("model", SECONDS)
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    """With the catalogue that is shipped, and nothing installed; but Wan computes in float32.
-
-    A processor without instructions for bfloat16 takes nine times as long for what is shipped.
-    """
+    """With the catalogue that is shipped, but for Wan's dtype, and nothing installed."""
     folder = tmp_path_factory.mktemp("house")
     (folder / "weights").symlink_to(PROJECT / "weights")
-    before, wan, after = WEIGHTS_TOML.read_text().partition("[demo.wan]")
-    (folder / "weights.toml").write_text(before + wan + after.replace('"bfloat16"', '"float32"', 1))
-    with running(replace(Settings(), data=folder / "data", weights_toml=folder / "weights.toml")) as it:
+    with running(replace(Settings(), data=folder / "data", weights_toml=write_catalogue(folder))) as it:
         it.until(lambda: it.client.get("/readyz").is_success)
         yield it
 
