@@ -29,7 +29,7 @@ from tests.support.tiny import lora as tiny_lora
 
 GENERATE = "/api/image/fal/generate"
 CPU = DeviceSpec("cpu", "CPU", "cpu", 8 * 2**30, 6 * 2**30)
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 CATALOG = """
 [default_models]
