@@ -50,6 +50,12 @@ class InvalidBody(BadRequest):
     code, title = "VALIDATION_ERROR", "Invalid body"
 
 
+class UnsupportedDuration(InvalidBody):
+    """With `durations`."""
+
+    code, title = "UNSUPPORTED_DURATION", "Unsupported duration"
+
+
 class UnsupportedWorkflow(BadRequest):
     code, title = "UNSUPPORTED_WORKFLOW", "Unsupported workflow"
 
@@ -80,7 +86,12 @@ class IdempotencyKeyInvalid(BadRequest):
     code, title = "IDEMPOTENCY_KEY_INVALID", "Invalid Idempotency-Key"
 
 
-# 401 and 403: who is asking.
+def invalid_field(path: str, message: str, *, cls: type[InvalidBody] = InvalidBody, **extra: Any) -> InvalidBody:
+    """An InvalidBody with one issue. `path` is the field's name as callers send it."""
+    return cls(f"{path}: {message}", issues=[{"path": path, "message": message}], **extra)
+
+
+# 401 and 403: authentication and authorization.
 
 
 class Unauthorized(PlantainError):
@@ -253,9 +264,3 @@ def _tree(cls: type[PlantainError]) -> Iterator[type[PlantainError]]:
     for sub in cls.__subclasses__():
         yield sub
         yield from _tree(sub)
-
-
-class UnsupportedDuration(InvalidBody):
-    """With `durations`."""
-
-    code, title = "UNSUPPORTED_DURATION", "Unsupported duration"

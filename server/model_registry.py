@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.base import Component, Weights
 from pipelines.catalog.catalog import Catalog, Model, UnknownModel
 from pipelines.weights.installed import Installed
-from server.errors import InvalidBody, ModelNotFound, ModelNotInstalled, RemoteUnavailable, UnsupportedResolution
+from server.errors import ModelNotFound, ModelNotInstalled, RemoteUnavailable, UnsupportedResolution, invalid_field
 from server.jobs.job import Origin
 from server.scheduling.estimates import PeakEstimates
 from server.scheduling.need import Need, component_bytes, need_of, shape_of, with_extra_bytes
@@ -96,9 +96,7 @@ class ModelRegistry:
             if id_ not in model.loras:
                 there_are = f"it has {', '.join(model.loras)}" if model.loras else "it has none"
                 message = f"{model.name} has no LoRA {id_!r}; {there_are}"
-                raise InvalidBody(
-                    f"loras: {message}.", issues=[{"path": "loras", "message": message}], loras=list(model.loras)
-                )
+                raise invalid_field("loras", message, loras=list(model.loras))
             found[id_] = self.weights(model.loras[id_]).components[0]
         return found
 

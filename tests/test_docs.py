@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from server.errors import PlantainError, _tree
 from server.settings import PROJECT, Settings, from_environment
 from tests.support.server import LiveServer
@@ -42,7 +42,7 @@ def test_every_error_code_is_in_the_docs():
 
 
 def test_every_model_is_in_the_readme():
-    for name in Catalog.load(PROJECT / "weights.toml").models:
+    for name in load_catalog(PROJECT / "weights.toml").models:
         assert f"`{name}`" in README, name
 
 

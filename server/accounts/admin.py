@@ -75,48 +75,48 @@ class AdminContext:
         record(self.db, self.actor, act, subject, self.now, **detail)
 
 
-def create_user(it: AdminContext, email: str, name: str, *, plan: str, role: str = "user") -> str:
+def create_user(ctx: AdminContext, email: str, name: str, *, plan: str, role: str = "user") -> str:
     """Returns the id. Raises Conflict for an address that is taken."""
     try:
-        user_id = users.create_user(it.db, name or email, email, it.now, role=role, plan=plan)
+        user_id = users.create_user(ctx.db, name or email, email, ctx.now, role=role, plan=plan)
     except sqlite3.IntegrityError:
         raise Conflict(f"There is a user with the address {email!r} already.") from None
-    it.note("users.create", user_id, email=email.lower(), plan=plan, role=role)
+    ctx.note("users.create", user_id, email=email.lower(), plan=plan, role=role)
     return user_id
 
 
-def change_user(it: AdminContext, user_id: str, **changes: str) -> None:
+def change_user(ctx: AdminContext, user_id: str, **changes: str) -> None:
     """`name`, `plan`, `role`. Raises NotFound; Conflict if nobody would be left to run the server."""
-    before = users.user(it.db, user_id)
-    it.db.table("user").update(user_id, {**changes, "updatedAt": iso(it.now)})
-    _check_admins(it.db)
-    it.note("users.change", user_id, before={column: before[column] for column in changes}, after=changes)
+    before = users.user(ctx.db, user_id)
+    ctx.db.table("user").update(user_id, {**changes, "updatedAt": iso(ctx.now)})
+    _check_admins(ctx.db)
+    ctx.note("users.change", user_id, before={column: before[column] for column in changes}, after=changes)
 
 
-def ban(it: AdminContext, user_id: str, reason: str | None = None, until: float | None = None) -> None:
+def ban(ctx: AdminContext, user_id: str, reason: str | None = None, until: float | None = None) -> None:
     """At once: sessions end, keys open nothing. Jobs that were paid for are done all the same."""
-    users.user(it.db, user_id)
-    _set_ban(it, user_id, banned=True, reason=reason, until=iso_or_none(until))
-    it.db.execute("DELETE FROM session WHERE userId = ?", [user_id])
-    _check_admins(it.db)
-    it.note("users.ban", user_id, reason=reason, until=iso_or_none(until))
+    users.user(ctx.db, user_id)
+    _set_ban(ctx, user_id, banned=True, reason=reason, until=iso_or_none(until))
+    ctx.db.execute("DELETE FROM session WHERE userId = ?", [user_id])
+    _check_admins(ctx.db)
+    ctx.note("users.ban", user_id, reason=reason, until=iso_or_none(until))
 
 
-def unban(it: AdminContext, user_id: str) -> None:
-    users.user(it.db, user_id)
-    _set_ban(it, user_id, banned=False, reason=None, until=None)
-    it.note("users.unban", user_id)
+def unban(ctx: AdminContext, user_id: str) -> None:
+    users.user(ctx.db, user_id)
+    _set_ban(ctx, user_id, banned=False, reason=None, until=None)
+    ctx.note("users.unban", user_id)
 
 
-def grant(it: AdminContext, user_id: str, amount: int, note: str) -> int:
+def grant(ctx: AdminContext, user_id: str, amount: int, note: str) -> int:
     """Give credits, or with a negative amount take them back; returns the balance."""
-    balance = ledger.grant(it.db, user_id, amount, note, it.now)
-    it.note("credits.grant", user_id, amount=amount, note=note, balance=balance)
+    balance = ledger.grant(ctx.db, user_id, amount, note, ctx.now)
+    ctx.note("credits.grant", user_id, amount=amount, note=note, balance=balance)
     return balance
 
 
 def create_key(
-    it: AdminContext,
+    ctx: AdminContext,
     user_id: str,
     name: str | None,
     *,
@@ -125,31 +125,31 @@ def create_key(
     per_minute: int | None = None,
 ) -> tuple[str, str]:
     """(id, the key in clear). Raises NotFound for an unknown user."""
-    users.user(it.db, user_id)
+    users.user(ctx.db, user_id)
     options: dict[str, Any] = {"scopes": scopes, "per_minute": per_minute}
-    key = keys.create_key(it.db, user_id, name, it.now, expires_at, **options)
-    key_id = keys.authenticate(it.db, key, it.now).key_id or ""
-    it.note("keys.create", key_id, user=user_id, name=name, scopes=scopes and sorted(scopes), perMinute=per_minute)
+    key = keys.create_key(ctx.db, user_id, name, ctx.now, expires_at, **options)
+    key_id = keys.authenticate(ctx.db, key, ctx.now).key_id or ""
+    ctx.note("keys.create", key_id, user=user_id, name=name, scopes=scopes and sorted(scopes), perMinute=per_minute)
     return key_id, key
 
 
-def revoke_key(it: AdminContext, key_id: str) -> None:
-    keys.revoke_key(it.db, key_id, it.now)
-    it.note("keys.revoke", key_id)
+def revoke_key(ctx: AdminContext, key_id: str) -> None:
+    keys.revoke_key(ctx.db, key_id, ctx.now)
+    ctx.note("keys.revoke", key_id)
 
 
-def change_key(it: AdminContext, key_id: str, **changes: Any) -> None:
+def change_key(ctx: AdminContext, key_id: str, **changes: Any) -> None:
     """`name`, `scopes` (None: not narrowed), `per_minute` (None: no limit of its own). Raises NotFound."""
-    keys.key(it.db, key_id)
-    columns: dict[str, Any] = {"updatedAt": iso(it.now)}
+    keys.key(ctx.db, key_id)
+    columns: dict[str, Any] = {"updatedAt": iso(ctx.now)}
     if "name" in changes:
         columns["name"] = changes["name"]
     if "scopes" in changes:
         columns["permissions"] = keys.permissions_of(changes["scopes"])
     if "per_minute" in changes:
         columns |= keys.limit_columns(changes["per_minute"])
-    it.db.table("apikey").update(key_id, columns)
-    it.note("keys.change", key_id, **changes)
+    ctx.db.table("apikey").update(key_id, columns)
+    ctx.note("keys.change", key_id, **changes)
 
 
 def list_users(db: Database, before: str | None, limit: int, search: str | None = None) -> list[dict[str, Any]]:
@@ -164,10 +164,10 @@ def list_users(db: Database, before: str | None, limit: int, search: str | None 
     )
 
 
-def _set_ban(it: AdminContext, user_id: str, *, banned: bool, reason: str | None, until: str | None) -> None:
-    it.db.execute(
+def _set_ban(ctx: AdminContext, user_id: str, *, banned: bool, reason: str | None, until: str | None) -> None:
+    ctx.db.execute(
         "UPDATE user SET banned = ?, banReason = ?, banExpires = ?, updatedAt = ? WHERE id = ?",
-        [banned, reason, until, iso(it.now), user_id],
+        [banned, reason, until, iso(ctx.now), user_id],
     )
 
 

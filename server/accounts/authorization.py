@@ -19,13 +19,13 @@ class Access:
     """What a route asks for. Only calls that can make work are counted: whoever waits for a job may look often."""
 
     scope: Scope
-    counted: bool
+    rate_limited: bool
 
 
-READ = Access("read", counted=False)
-GENERATE = Access("generate", counted=True)
-CANCEL = Access("generate", counted=False)
-ADMIN = Access("admin", counted=False)
+READ = Access("read", rate_limited=False)
+GENERATE = Access("generate", rate_limited=True)
+CANCEL = Access("generate", rate_limited=False)
+ADMIN = Access("admin", rate_limited=False)
 
 
 class Authorizer:
@@ -34,13 +34,13 @@ class Authorizer:
     def __init__(self, database: Database, plans: Plans) -> None:
         self.database, self.plans = database, plans
 
-    def admit_key(self, key: str, need: Access, now: float) -> tuple[Caller, RateLimitStatus | None]:
-        return self.admit(keys.authenticate(self.database.db, key, now), need, now)
+    def authorize_key(self, key: str, need: Access, now: float) -> tuple[Caller, RateLimitStatus | None]:
+        return self.authorize(keys.authenticate(self.database.db, key, now), need, now)
 
-    def admit_local(self, need: Access, now: float) -> tuple[Caller, RateLimitStatus | None]:
-        return self.admit(users.local_user(self.database.db), need, now)
+    def authorize_local(self, need: Access, now: float) -> tuple[Caller, RateLimitStatus | None]:
+        return self.authorize(users.local_user(self.database.db), need, now)
 
-    def admit(self, caller: Caller, need: Access, now: float) -> tuple[Caller, RateLimitStatus | None]:
+    def authorize(self, caller: Caller, need: Access, now: float) -> tuple[Caller, RateLimitStatus | None]:
         """The caller with their plan, and where they stand if the call counts.
 
         Raises UserBanned, ScopeRequired or RateLimited.
@@ -49,7 +49,7 @@ class Authorizer:
         _refuse_banned(user, now)
         _check_scope(caller, need.scope)
         caller = replace(caller, plan=UNLIMITED if caller.is_local else self.plans.of(user["plan"]))
-        if not need.counted or caller.is_local:
+        if not need.rate_limited or caller.is_local:
             return caller, None
         with self.database.atomic() as db:
             key = _key_limit(db, caller.key_id)

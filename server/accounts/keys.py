@@ -13,7 +13,7 @@ from sqlite_utils import Database
 
 from server.accounts.users import SCOPES, Caller, random_id
 from server.auth.errors import AuthError
-from server.errors import InvalidApiKey, InvalidBody, KeyDisabled, KeyExpired, NotFound
+from server.errors import InvalidApiKey, KeyDisabled, KeyExpired, NotFound, invalid_field
 from server.timestamps import iso, iso_or_none
 
 KEY_PREFIX = "bnp_"
@@ -53,8 +53,7 @@ def create_key(
 def permissions_of(scopes: Collection[str] | None) -> str | None:
     """As Better Auth's plugin keeps permissions: actions by resource. Ours is one resource. Raises InvalidBody."""
     for scope in set(scopes or ()) - set(SCOPES):
-        issue = {"path": "scopes", "message": f"there is no scope {scope!r}; there are {', '.join(SCOPES)}"}
-        raise InvalidBody(f"scopes: {issue['message']}", issues=[issue])
+        raise invalid_field("scopes", f"there is no scope {scope!r}; there are {', '.join(SCOPES)}")
     return None if scopes is None else json.dumps({RESOURCE: sorted(scopes)})
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from server.errors import InvalidBody
+from server.errors import invalid_field
 from server.settings import SettingsError
 
 log = logging.getLogger("plantain.plans")
@@ -66,8 +66,7 @@ class Plans(Mapping[str, Plan]):
     def known(self, name: str) -> str:
         """The name, if there is such a plan. Raises InvalidBody."""
         if name not in self:
-            issue = {"path": "plan", "message": f"there is no plan {name!r}; there are {', '.join(self)}"}
-            raise InvalidBody(f"plan: {issue['message']}", issues=[issue])
+            raise invalid_field("plan", f"there is no plan {name!r}; there are {', '.join(self)}")
         return name
 
 

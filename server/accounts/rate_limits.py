@@ -19,13 +19,13 @@ SLACK_S = 1.0
 
 @dataclass(frozen=True)
 class Window:
-    """A moving window: `used` of `quota` calls in the last `window_s`; one more is free again at `frees_at`."""
+    """A moving window: `used` of `quota` calls in the last `window_s`; one more is free again at `resets_at`."""
 
     name: str
     quota: int
     window_s: float
     used: int
-    frees_at: float
+    resets_at: float
 
     @property
     def remaining(self) -> int:
@@ -39,7 +39,7 @@ class KeyLimit:
     key_id: str
     quota: int | None = None
     window_s: float = MINUTE_S
-    left: int | None = None
+    remaining_calls: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RateLimitStatus:
             tightest = min(self.windows, key=lambda window: window.remaining)
             found["X-RateLimit-Limit"] = str(tightest.quota)
             found["X-RateLimit-Remaining"] = str(tightest.remaining)
-            found["X-RateLimit-Reset"] = str(math.ceil(tightest.frees_at))
+            found["X-RateLimit-Reset"] = str(math.ceil(tightest.resets_at))
         return found
 
     def _policies(self) -> Iterator[str]:
@@ -71,7 +71,7 @@ class RateLimitStatus:
 
     def _states(self) -> Iterator[str]:
         for window in self.windows:
-            yield f'"{window.name}";r={window.remaining};t={seconds_until(window.frees_at, self.at)}'
+            yield f'"{window.name}";r={window.remaining};t={seconds_until(window.resets_at, self.at)}'
         if self.plan.jobs_at_once is not None:
             yield f'"concurrent";r={max(0, self.plan.jobs_at_once - self.unfinished)}'
 
@@ -82,28 +82,28 @@ def count_call(db: Database, user_id: str, plan: Plan, key: KeyLimit | None, now
     if key:
         quotas.append(("key", "key_id", key.key_id, key.quota, key.window_s))
     windows = [_window(db, *limited, now) for limited in quotas if limited[3] is not None]  # type: ignore[arg-type]
-    standing = RateLimitStatus(windows, plan, unfinished(db, user_id), now)
+    status = RateLimitStatus(windows, plan, unfinished(db, user_id), now)
     for window in windows:
         if not window.remaining:
-            raise _rate_limited(window, standing)
-    if key and key.left is not None:
+            raise _rate_limited(window, status)
+    if key and key.remaining_calls is not None:
         _consume_quota(db, key)
     if windows:
         _prune(db, user_id, key, now)
         db.execute("INSERT INTO call VALUES (?, ?, ?)", [user_id, key and key.key_id, now])
-    return replace(standing, windows=[replace(window, used=window.used + 1) for window in windows])
+    return replace(status, windows=[replace(window, used=window.used + 1) for window in windows])
 
 
-def reserve_slot(db: Database, user_id: str, at_once: int | None, now: float) -> None:
+def reserve_slot(db: Database, user_id: str, max_concurrent_jobs: int | None, now: float) -> None:
     """Raises ConcurrencyLimit if the user's jobs fill the plan. To be asked in the transaction that adds the job."""
-    if at_once is None or (has := unfinished(db, user_id)) < at_once:
+    if max_concurrent_jobs is None or (has := unfinished(db, user_id)) < max_concurrent_jobs:
         return
     wait_s = max(1, math.ceil(_soonest_end_s(db, user_id, now)))
-    jobs = "1 job" if at_once == 1 else f"{at_once} jobs"
+    jobs = "1 job" if max_concurrent_jobs == 1 else f"{max_concurrent_jobs} jobs"
     raise ConcurrencyLimit(
         f"Your plan runs {jobs} at once, and you have {has}. Try again when one has ended.",
         headers={"Retry-After": str(wait_s)},
-        limit=at_once,
+        limit=max_concurrent_jobs,
         retryAfter=wait_s,
         **{"violated-policies": ["concurrent"]},
     )
@@ -146,13 +146,13 @@ def _consume_quota(db: Database, key: KeyLimit) -> None:
         raise UsageExceeded("This API key has made all the calls that it was made for.")
 
 
-def _rate_limited(window: Window, standing: RateLimitStatus) -> RateLimited:
-    wait_s = seconds_until(window.frees_at, standing.at)
+def _rate_limited(window: Window, status: RateLimitStatus) -> RateLimited:
+    wait_s = seconds_until(window.resets_at, status.at)
     whose = "This API key" if window.name == "key" else "Your plan"
     span = "a minute" if window.window_s == MINUTE_S else f"in {window.window_s:.0f} s"
     return RateLimited(
         f"{whose} allows {window.quota} requests {span}. Try again in {wait_s} s.",
-        headers={**standing.headers(), "Retry-After": str(wait_s)},
+        headers={**status.headers(), "Retry-After": str(wait_s)},
         retryAfter=wait_s,
         **{"violated-policies": [window.name]},
     )

@@ -22,7 +22,7 @@ from server.accounts.usage import Period
 from server.accounts.users import Caller
 from server.api import origins
 from server.api.middleware import set_header
-from server.errors import BadRequest, InvalidBody, Unauthorized
+from server.errors import BadRequest, InvalidBody, Unauthorized, invalid_field
 from server.services import Services
 
 
@@ -31,43 +31,43 @@ async def authorize_request(request: Request, services: Services, need: Access) 
 
     A counted call's answer tells how many are left, whatever comes of it.
     """
-    caller, standing = await _authenticate(request, services, need)
-    if standing:
-        set_rate_limit_headers(request, standing)
+    caller, status = await _authenticate(request, services, need)
+    if status:
+        set_rate_limit_headers(request, status)
     return caller
 
 
-def set_rate_limit_headers(request: Request, standing: RateLimitStatus) -> None:
-    request.state.standing = standing
-    for name, value in standing.headers().items():
+def set_rate_limit_headers(request: Request, status: RateLimitStatus) -> None:
+    request.state.rate_limit_status = status
+    for name, value in status.headers().items():
         set_header(request, name, value)
 
 
 async def refresh_balance(request: Request, services: Services, user_id: str) -> int:
     """The balance as it is now; so are the jobs that the answer's headers count."""
-    balance, unfinished = await services.database.run(_books, user_id)
-    if standing := getattr(request.state, "standing", None):
-        set_rate_limit_headers(request, replace(standing, unfinished=unfinished))
+    balance, unfinished = await services.database.run(_balance_and_unfinished, user_id)
+    if status := getattr(request.state, "rate_limit_status", None):
+        set_rate_limit_headers(request, replace(status, unfinished=unfinished))
     return balance
 
 
-def _books(db: Database, user_id: str) -> tuple[int, int]:
+def _balance_and_unfinished(db: Database, user_id: str) -> tuple[int, int]:
     return ledger.balance(db, user_id), rate_limits.unfinished(db, user_id)
 
 
 async def _authenticate(request: Request, services: Services, need: Access) -> tuple[Caller, RateLimitStatus | None]:
-    gate, call, now = services.authorizer, services.database.call, services.clock()
+    authorizer, call, now = services.authorizer, services.database.call, services.clock()
     if services.settings.open:
         origins.check_host(request, services.settings)
         origins.check_call(request, origins.for_pages(request, services.settings))
-        return await call(gate.admit_local, need, now)
+        return await call(authorizer.authorize_local, need, now)
     token = _token(request)
     if key := token if token.startswith(KEY_PREFIX) else request.headers.get("x-api-key"):
-        return await call(gate.admit_key, key, need, now)
+        return await call(authorizer.authorize_key, key, need, now)
     if caller := await _session(request, services):
-        return await call(gate.admit, caller, need, now)
+        return await call(authorizer.authorize, caller, need, now)
     if token:  # a key with a prefix of its own, from another server's database
-        return await call(gate.admit_key, token, need, now)
+        return await call(authorizer.authorize_key, token, need, now)
     raise Unauthorized("This needs a session or an API key: send Authorization: Bearer bnp_…")
 
 
@@ -178,8 +178,7 @@ async def asked_period(
     last = last or datetime.fromtimestamp(services.clock(), UTC).date()
     first = first or last - timedelta(days=DAYS - 1)
     if not timedelta(0) <= last - first < timedelta(days=LONGEST_DAYS):
-        issue = {"path": "from", "message": f"from one day to {LONGEST_DAYS} days"}
-        raise InvalidBody(f"from, to: {issue['message']}", issues=[issue])
+        raise invalid_field("from", f"from one day to {LONGEST_DAYS} days")
     return Period(first, last)
 
 

@@ -1,13 +1,11 @@
 """Jobs: list, look, cancel; and how a job or its outcome is told over HTTP."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from server.accounts.users import Caller
-from server.api.dependencies import BaseUrl, CancellingCaller, CurrentCaller, ServicesDep
-from server.api.schemas import job_json, weights_header
+from server.api.dependencies import BaseUrl, CancellingCaller, CurrentCaller, Limit, ServicesDep
+from server.api.schemas import job_json, paginated, weights_header
 from server.errors import NotFound
 from server.jobs.job import Job
 from server.services import Services
@@ -21,12 +19,11 @@ async def list_jobs(
     services: ServicesDep,
     base_url: BaseUrl,
     cursor: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    limit: Limit = 50,
 ) -> JSONResponse:
     """The caller's jobs, newest first."""
     jobs = await services.database.call(services.jobs.jobs, caller.user_id, cursor, limit)
-    next_cursor = jobs[-1].id if len(jobs) == limit else None
-    return JSONResponse({"jobs": [job_json(services, job, base_url) for job in jobs], "nextCursor": next_cursor})
+    return JSONResponse(paginated("jobs", [job_json(services, job, base_url) for job in jobs], limit))
 
 
 @router.get("/api/jobs/{job_id}")

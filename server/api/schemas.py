@@ -28,9 +28,13 @@ def answer(lines: Sequence[Usage], period: Period, form: str) -> Response:
     )
 
 
+def paginated(name: str, items: Sequence[Mapping[str, Any]], limit: int) -> dict[str, Any]:
+    """One page of a list: the items under `name`, and as cursor the id of the last one if there may be more."""
+    return {name: items, "nextCursor": items[-1]["id"] if len(items) == limit else None}
+
+
 def entries_json(rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    next_cursor = rows[-1]["id"] if len(rows) == limit else None
-    return {"entries": [_entry(row) for row in rows], "nextCursor": next_cursor}
+    return paginated("entries", [_entry(row) for row in rows], limit)
 
 
 def _entry(row: dict[str, Any]) -> dict[str, Any]:

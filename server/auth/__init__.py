@@ -15,11 +15,11 @@ from server.settings import Settings
 class Auth:
     secret: Secret
     passwords: Passwords
-    attempts: SignInRateLimiter
-    outbox: Mailer
+    sign_in_limiter: SignInRateLimiter
+    mailer: Mailer
 
     async def stop(self) -> None:
-        await self.outbox.settle()
+        await self.mailer.wait()
         self.passwords.close()
 
 

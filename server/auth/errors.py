@@ -48,7 +48,7 @@ def no_fields() -> AuthError:
     return AuthError(400, "", "No fields to update")
 
 
-def too_many(wait_s: int) -> AuthError:
+def too_many(retry_after_s: int) -> AuthError:
     """Better Auth's own header, and the standard one."""
-    headers = {"X-Retry-After": str(wait_s), "Retry-After": str(wait_s)}
+    headers = {"X-Retry-After": str(retry_after_s), "Retry-After": str(retry_after_s)}
     return AuthError(429, "", "Too many requests. Please try again later.", headers)

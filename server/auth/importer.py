@@ -40,21 +40,21 @@ class ImportCounts:
 
 def import_database(db: Database, secret: Secret, source: Path, now: float) -> ImportCounts:
     """Part of the caller's transaction. Raises BadRequest for what is no such database."""
-    brought = ImportCounts()
+    counts = ImportCounts()
     with _opened(source) as theirs:
         for user in _rows(theirs, "user"):
             if not _add_user(db, user, now):
-                brought.skipped += 1
+                counts.skipped += 1
                 continue
-            brought.users += 1
-            brought.passwords += _add_password(db, theirs, user["id"])
-            brought.sessions += _add_sessions(db, theirs, secret, user["id"], now)
-            brought.keys += _add_keys(db, theirs, user["id"], now)
-    return brought
+            counts.users += 1
+            counts.passwords += _add_password(db, theirs, user["id"])
+            counts.sessions += _add_sessions(db, theirs, secret, user["id"], now)
+            counts.keys += _add_keys(db, theirs, user["id"], now)
+    return counts
 
 
-def summary(brought: ImportCounts) -> str:
-    return ", ".join(f"{getattr(brought, field.name)} {field.name}" for field in fields(brought))
+def summary(counts: ImportCounts) -> str:
+    return ", ".join(f"{getattr(counts, field.name)} {field.name}" for field in fields(counts))
 
 
 def _add_user(db: Database, user: Mapping[str, Any], now: float) -> bool:
@@ -91,7 +91,7 @@ def _add_password(db: Database, theirs: Database, user_id: str) -> int:
 
 
 def _add_sessions(db: Database, theirs: Database, secret: Secret, user_id: str, now: float) -> int:
-    """Their cookies go on working where the secret was brought as well."""
+    """Their cookies go on working where the secret was counts as well."""
     live = [row for row in _rows(theirs, "session", user_id) if (_date(row["expiresAt"]) or "") > iso(now)]
     for row in live:
         db.table("session").insert(
@@ -144,7 +144,7 @@ def _opened(source: Path) -> Iterator[Database]:
             raise BadRequest(f"{source} is no Better Auth database: it has no table {min(missing)!r}.")
         yield theirs
     except sqlite3.DatabaseError as error:
-        raise BadRequest(f"{source} cannot be brought over: {error}.") from None
+        raise BadRequest(f"{source} cannot be counts over: {error}.") from None
     finally:
         connection.close()
 

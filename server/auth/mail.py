@@ -37,12 +37,12 @@ class Mailer:
 
     def __init__(self, deliver: Deliver) -> None:
         self._deliver = deliver
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._under_way.add(task)
-        task.add_done_callback(self._ended)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
 
     async def send(self, mail: Mail) -> None:
         try:
@@ -50,13 +50,13 @@ class Mailer:
         except OSError as error:
             log.error("The mail %r could not be sent: %s", mail.subject, type(error).__name__)
 
-    async def settle(self) -> None:
+    async def wait(self) -> None:
         """Until all that was begun has ended."""
-        if self._under_way:
-            await asyncio.wait(self._under_way)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._under_way.discard(task)
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("A mail could not be made: %s", type(error).__name__, exc_info=error)
 

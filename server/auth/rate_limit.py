@@ -27,7 +27,7 @@ class SignInRateLimiter:
     def __init__(self) -> None:
         self._seen: OrderedDict[tuple[str, str], deque[float]] = OrderedDict()
 
-    def wait_s(self, address: str, path: str, now: float) -> int:
+    def retry_after_s(self, address: str, path: str, now: float) -> int:
         """Count a call, and 0; or do not count it, and the whole seconds until it would be taken."""
         most, window_s = RULES.get(path.strip("/").split("/")[0], EVERY)
         times = self._seen.setdefault((network_of(address), path), deque())

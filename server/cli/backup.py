@@ -22,10 +22,10 @@ def back_up(file: Copy, data: Data = DATA) -> None:
     """Copy the database, the server running or not, and list the files that belong with it."""
     settings = Settings(data=data)
     try:
-        taken = backup.back_up(settings.database, settings.files, file)
+        summary = backup.back_up(settings.database, settings.files, file)
     except SettingsError as error:
         raise typer.Exit(report_errors(error)) from None
-    _tell(f"{file}: {taken.jobs:,} jobs", taken)
+    _tell(f"{file}: {summary.jobs:,} jobs", summary)
     typer.echo(f"Copy the files too: rsync -a --files-from={file_list_path(file)} {settings.files}/ WHERE/")
 
 
@@ -34,17 +34,18 @@ def restore(file: Copy, data: Data = DATA) -> None:
     settings = Settings(data=data)
     lock = lock_data(settings.data)
     try:
-        taken = backup.restore(file, settings.database, settings.files)
+        summary = backup.restore(file, settings.database, settings.files)
     except SettingsError as error:
         raise typer.Exit(report_errors(error)) from None
     finally:
         lock.close()
-    _tell(f"{settings.database} is {file}'s again: {taken.jobs:,} jobs", taken)
+    _tell(f"{settings.database} is {file}'s again: {summary.jobs:,} jobs", summary)
 
 
-def _tell(text: str, taken: BackupSummary) -> None:
+def _tell(text: str, summary: BackupSummary) -> None:
     typer.echo(
-        f"{text}, {len(taken.files):,} files" + (f", {len(taken.missing):,} of them missing" if taken.missing else "")
+        f"{text}, {len(summary.files):,} files"
+        + (f", {len(summary.missing):,} of them missing" if summary.missing else "")
     )
-    for name in taken.missing[:10]:
+    for name in summary.missing[:10]:
         typer.echo(f"  missing: {name}")

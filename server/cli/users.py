@@ -33,9 +33,9 @@ def register(app: typer.Typer) -> None:
 @users_app.command("create")
 def create_user(email: str, name: str = "", plan: str = "free", role: Role = "user", data: Data = DATA) -> None:
     """Add a user, with the sign-up credits, and print their first API key."""
-    with admin_context(data) as it:
-        user_id = admin.create_user(it, email, name, plan=plans(data).known(plan), role=role)
-        typer.echo(admin.create_key(it, user_id, "first")[1])
+    with admin_context(data) as ctx:
+        user_id = admin.create_user(ctx, email, name, plan=plans(data).known(plan), role=role)
+        typer.echo(admin.create_key(ctx, user_id, "first")[1])
 
 
 @users_app.command("list")
@@ -51,24 +51,24 @@ def change_user(
     email: str, plan: str | None = None, role: Annotated[Role | None, typer.Option()] = None, data: Data = DATA
 ) -> None:
     """Give a user another plan or role."""
-    with admin_context(data) as it:
+    with admin_context(data) as ctx:
         changes = {"plan": plan and plans(data).known(plan), "role": role}
-        user_id = users.user_by_email(it.db, email)
-        admin.change_user(it, user_id, **{name: value for name, value in changes.items() if value})
+        user_id = users.user_by_email(ctx.db, email)
+        admin.change_user(ctx, user_id, **{name: value for name, value in changes.items() if value})
 
 
 @users_app.command("ban")
 def ban_user(email: str, reason: str | None = None, data: Data = DATA) -> None:
     """Their sessions end and their keys open nothing, at once."""
-    with admin_context(data) as it:
-        admin.ban(it, users.user_by_email(it.db, email), reason)
+    with admin_context(data) as ctx:
+        admin.ban(ctx, users.user_by_email(ctx.db, email), reason)
 
 
 @users_app.command("unban")
 def unban_user(email: str, data: Data = DATA) -> None:
     """Let a user in again."""
-    with admin_context(data) as it:
-        admin.unban(it, users.user_by_email(it.db, email))
+    with admin_context(data) as ctx:
+        admin.unban(ctx, users.user_by_email(ctx.db, email))
 
 
 @keys_app.command("create")
@@ -81,10 +81,10 @@ def create_key(
     data: Data = DATA,
 ) -> None:
     """Make a key and print it: it cannot be shown again."""
-    with admin_context(data) as it:
-        user_id = users.user_by_email(it.db, user)
-        expires_at = None if days is None else it.now + days * DAY_S
-        typer.echo(admin.create_key(it, user_id, name, expires_at=expires_at, scopes=scope, per_minute=per_minute)[1])
+    with admin_context(data) as ctx:
+        user_id = users.user_by_email(ctx.db, user)
+        expires_at = None if days is None else ctx.now + days * DAY_S
+        typer.echo(admin.create_key(ctx, user_id, name, expires_at=expires_at, scopes=scope, per_minute=per_minute)[1])
 
 
 @keys_app.command("list")
@@ -104,15 +104,15 @@ def list_keys(data: Data = DATA) -> None:
 @keys_app.command("revoke")
 def revoke_key(key_id: str, data: Data = DATA) -> None:
     """The key stops working at once."""
-    with admin_context(data) as it:
-        admin.revoke_key(it, key_id)
+    with admin_context(data) as ctx:
+        admin.revoke_key(ctx, key_id)
 
 
 @credits_app.command("grant")
 def grant(amount: int, user: Email = OWNER, note: str = "granted", data: Data = DATA) -> None:
     """Give credits (a negative number takes them back) and print the new balance."""
-    with admin_context(data) as it:
-        typer.echo(admin.grant(it, users.user_by_email(it.db, user), amount, note))
+    with admin_context(data) as ctx:
+        typer.echo(admin.grant(ctx, users.user_by_email(ctx.db, user), amount, note))
 
 
 @credits_app.command("ledger")
@@ -138,8 +138,8 @@ def import_users(source: Path, data: Data = Path("data")) -> None:
     if not source.exists():
         raise typer.BadParameter(f"there is no {source}")
     with open_database(data) as db:
-        brought = importer.import_database(db, secret.load(data), source, time.time())
-    typer.echo(importer.summary(brought))
+        counts = importer.import_database(db, secret.load(data), source, time.time())
+    typer.echo(importer.summary(counts))
 
 
 Password = Annotated[str, typer.Option(prompt=True, confirmation_prompt=True, hide_input=True)]

@@ -33,7 +33,7 @@ def back_up(database: Path, files: Path, to: Path) -> BackupSummary:
         with closing(source), closing(sqlite3.connect(part)) as copy:
             source.backup(copy)
             copy.execute("PRAGMA journal_mode = DELETE")  # one file, whole in itself
-        taken = check(part, files)
+        summary = check(part, files)
         with part.open("rb") as copied:
             os.fsync(copied.fileno())
         part.replace(to)
@@ -41,8 +41,8 @@ def back_up(database: Path, files: Path, to: Path) -> BackupSummary:
         raise DatabaseUnusable(f"{database}: {explain_database_error(error)}") from error
     finally:
         part.unlink(missing_ok=True)
-    file_list_path(to).write_text("".join(f"{name}\n" for name in taken.files))
-    return taken
+    file_list_path(to).write_text("".join(f"{name}\n" for name in summary.files))
+    return summary
 
 
 def restore(copy: Path, database: Path, files: Path) -> BackupSummary:
@@ -50,7 +50,7 @@ def restore(copy: Path, database: Path, files: Path) -> BackupSummary:
 
     Raises DatabaseUnusable for a copy that is damaged or from a newer version. No server may be running.
     """
-    taken = check(copy, files)
+    summary = check(copy, files)
     database.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = database.with_name(f".{database.name}.part")
     shutil.copyfile(copy, part)
@@ -61,7 +61,7 @@ def restore(copy: Path, database: Path, files: Path) -> BackupSummary:
         if old.exists():
             old.replace(database.with_name(f"{database.name}.before-restore{suffix}"))
     part.replace(database)
-    return taken
+    return summary
 
 
 def check(path: Path, files: Path) -> BackupSummary:

@@ -110,7 +110,7 @@ async def next_attempt(state: State, effects: Effects, worker: WorkerState, queu
 
 
 def can_fall_back(effects: Effects, job: Job) -> bool:
-    return bool(job.overflow and effects.remote and effects.remote.connected)
+    return bool(job.remote_fallback and effects.remote and effects.remote.connected)
 
 
 async def fall_back_to_remote(state: State, effects: Effects, job: Job) -> bool:

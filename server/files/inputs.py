@@ -19,7 +19,7 @@ from pipelines.base import InvalidInput
 from pipelines.media.audio import AudioInfo, check_audio_decodes
 from pipelines.media.images import ImageInfo, probe
 from pipelines.media.video import VideoInfo, check_video_decodes
-from server.errors import AddressRefused, InvalidBody, InvalidMedia, MediaUnreachable
+from server.errors import AddressRefused, InvalidMedia, MediaUnreachable, invalid_field
 from server.files import fetch
 from server.files.decoders import ImageDecoders
 from server.files.fetch import PIECE_BYTES, AddressGuard, Fetcher, Limits, Network, Resolve, Write, decode_data_url
@@ -110,7 +110,7 @@ class ImageInputs:
         try:
             file = form.get("file")
             if not isinstance(file, UploadFile):
-                raise _invalid_form("The form has no file in its field `file`.")
+                raise invalid_field("file", "The form has no file in its field `file`.")
             while piece := await file.read(PIECE_BYTES):
                 await write(piece)
         finally:
@@ -120,7 +120,7 @@ class ImageInputs:
         try:
             return await MultiPartParser(request.headers, self._counted(request), max_files=1, max_fields=20).parse()
         except MultiPartException as error:
-            raise _invalid_form(error.message) from error
+            raise invalid_field("file", error.message) from error
 
     async def _counted(self, request: Request) -> AsyncGenerator[bytes, None]:
         size_bytes = 0
@@ -140,10 +140,6 @@ async def _valid(info: Awaitable[ImageInfo]) -> ImageInfo:
 async def _copy_image_body(request: Request, write: Write) -> None:
     async for piece in request.stream():
         await write(piece)
-
-
-def _invalid_form(message: str) -> InvalidBody:
-    return InvalidBody(message, issues=[{"path": "file", "message": message}])
 
 
 ClipKind = Literal["video", "audio"]

@@ -12,7 +12,7 @@ from server.accounts import ledger
 from server.accounts.pricing import price_of
 from server.accounts.users import Caller
 from server.dispatch.dispatcher import Dispatcher
-from server.errors import DoesNotFit, InvalidBody, PlantainError
+from server.errors import DoesNotFit, PlantainError, invalid_field
 from server.files.inputs import ImageInputs, StoredClip, StoredImage, VideoInputs
 from server.files.store import FileStore
 from server.intake.params import InputVideo, input_urls, resolve, workflow_of
@@ -45,7 +45,7 @@ class GenerationRequest:
     model: Model
     workflow: str
     body: Body
-    claim: IdempotencyClaim | None
+    idempotency: IdempotencyClaim | None
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Intake:
         message = "they work here only, and the route is remote-only" if route == "remote-only" and model.loras else ""
         message = "each may be picked once" if len(set(ids)) < len(ids) else message
         if message:
-            raise InvalidBody(f"loras: {message}.", issues=[{"path": "loras", "message": message}])
+            raise invalid_field("loras", message)
         self.shelf.loras(model, ids)
         self.shelf.weights(model)
         return "local-only"
@@ -160,14 +160,14 @@ class Intake:
             model=here.id,
             pixels=resolved.pixels,
             credits=price_of(order.model, {**params, **resolved.priced}),
-            overflow=self._overflow(order, inputs, route),
+            remote_fallback=self._remote_fallback(order, inputs, route),
             weights="demo" if demo else "installed",
         )
         runnable = self.shelf.runnable(here.id, resolved.pixels, params, new.weights)
         job, balance = await self.dispatcher.submit(new, runnable)
         return AcceptedJob(job, balance, resolved.ignored)
 
-    def _overflow(self, order: GenerationRequest, inputs: StoredInputs, route: Route) -> dict[str, Any] | None:
+    def _remote_fallback(self, order: GenerationRequest, inputs: StoredInputs, route: Route) -> dict[str, Any] | None:
         """How the job would run at fal, if memory runs out here; None where it may not, or fal cannot do it."""
         if not may_fall_back(order.model, order.workflow, route, self.desk):
             return None
@@ -208,10 +208,10 @@ class Intake:
             output_name=self.files.new_name(suffix),
             credits=0,
             input_names=inputs.fresh_names,
-            at_once=order.caller.plan.jobs_at_once,
-            tops_up=order.caller.is_local,
+            max_concurrent_jobs=order.caller.plan.jobs_at_once,
+            auto_top_up=order.caller.is_local,
             weight=order.caller.plan.weight,
-            claim=order.claim,
+            idempotency=order.idempotency,
             ignored=tuple(ignored),
         )
 
@@ -219,8 +219,7 @@ class Intake:
         name = body.given.get("model") or self.shelf.catalog.default_models[kind]
         model = self.shelf.find(name)
         if model.kind != kind:
-            issue = {"path": "model", "message": f"{model.name} is a model for {model.kind}, not for {kind}"}
-            raise InvalidBody(f"model: {issue['message']}", issues=[issue])
+            raise invalid_field("model", f"{model.name} is a model for {model.kind}, not for {kind}")
         return model
 
     def _discard(self, inputs: StoredInputs) -> None:

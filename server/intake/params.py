@@ -14,11 +14,11 @@ from pipelines.catalog.catalog import Catalog, Frames, Model
 from pipelines.media.images import MAX_SIDES
 from pipelines.params import MAX_SEED, PARAMS, Body, Params, TextToImage, TextToVideo
 from server.errors import (
-    InvalidBody,
     UnsupportedAspectRatio,
     UnsupportedDuration,
     UnsupportedResolution,
     UnsupportedWorkflow,
+    invalid_field,
 )
 from server.files.inputs import StoredImage
 
@@ -114,7 +114,7 @@ def rate_of(model: Model, frames: Frames, asked: int | None, extended: InputVide
     fps = int(asked or model.defaults.get("fps", frames.fps[0]))
     if fps not in frames.fps:
         message = f"{model.name} makes {listed(frames.fps)} frames a second, not {fps}"
-        raise invalid("fps", message, frameRates=list(frames.fps))
+        raise invalid_field("fps", message, frameRates=list(frames.fps))
     return fps
 
 
@@ -134,13 +134,8 @@ def count_of(model: Model, frames: Frames, first: int, duration: float, fps: int
     if count not in there_are:
         durations = [round(each / fps, 3) for each in there_are]
         message = f"{model.name} makes {durations[0]:.2g} to {durations[-1]:.3g} seconds, not {duration:g}"
-        issues = [{"path": "duration", "message": message}]
-        raise UnsupportedDuration(f"duration: {message}", issues=issues, durations=durations)
+        raise invalid_field("duration", message, cls=UnsupportedDuration, durations=durations)
     return count
-
-
-def invalid(field: str, message: str, **there_is: Any) -> InvalidBody:
-    return InvalidBody(f"{field}: {message}", issues=[{"path": field, "message": message}], **there_is)
 
 
 def listed(values: Sequence[int]) -> str:
@@ -265,7 +260,7 @@ def _check_sides(longest: int, output_format: str) -> None:
     """Before it is charged: what would be made must go into the file that is asked for."""
     if longest > MAX_SIDES[output_format]:
         message = f"a {output_format} file holds at most {MAX_SIDES[output_format]:,} pixels a side; use png"
-        raise InvalidBody(f"outputFormat: {message}", issues=[{"path": "outputFormat", "message": message}])
+        raise invalid_field("outputFormat", message)
 
 
 def _check_inputs(workflow: str, body: Body) -> None:
@@ -273,8 +268,7 @@ def _check_inputs(workflow: str, body: Body) -> None:
     given = {*body.given} | ({"image_url"} if input_urls(body) else set())
     for name, noun in REQUIRED_INPUTS.get(workflow, {}).items():
         if name not in given and not (workflow == "reference-to-video" and "video_url" in given):
-            missing = {"path": to_camel(name), "message": f"{workflow} needs {noun}"}
-            raise InvalidBody(f"{missing['path']}: {missing['message']}", issues=[missing])
+            raise invalid_field(to_camel(name), f"{workflow} needs {noun}")
 
 
 def _infer_workflow(kind: str, body: Body) -> str:

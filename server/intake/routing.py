@@ -4,7 +4,7 @@ from typing import Literal, cast, get_args
 
 from pipelines.catalog.catalog import Model
 from pipelines.params import PARAMS
-from server.errors import InvalidBody, ModelNotInstalled, PlantainError, RemoteUnavailable, UnsupportedWorkflow
+from server.errors import ModelNotInstalled, PlantainError, RemoteUnavailable, UnsupportedWorkflow, invalid_field
 from server.model_registry import ModelRegistry
 from server.remote.runner import RemoteRunner
 from server.settings import Route
@@ -19,8 +19,7 @@ def read_route(header: str | None, setting: Route) -> Route:
     """
     asked = (header or setting).strip().lower()
     if asked not in get_args(Route):
-        message = f"{header!r} is none of {', '.join(get_args(Route))}"
-        raise InvalidBody(f"X-Route: {message}", issues=[{"path": "X-Route", "message": message}])
+        raise invalid_field("X-Route", f"{header!r} is none of {', '.join(get_args(Route))}")
     if setting == "local-only" and asked == "remote-only":
         raise RemoteUnavailable("This server runs everything itself and sends nothing to fal.ai.")
     return setting if setting == "local-only" else cast(Route, asked)

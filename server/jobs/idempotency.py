@@ -69,7 +69,7 @@ def find(db: Database, user_id: str, route: str, key: str, body_hash: str, now: 
 
 def claim(db: Database, new: NewJob, now: float) -> None:
     """Make the key stand for this job. Raises KeyTaken if it stands for one that was not known of."""
-    if new.claim is None:
+    if new.idempotency is None:
         return
     db.execute("DELETE FROM idempotency WHERE created_at <= ?", [now - KEY_LIFETIME_S])
     changed = db.execute(
@@ -77,13 +77,13 @@ def claim(db: Database, new: NewJob, now: float) -> None:
         " ON CONFLICT DO UPDATE SET job_id = :job, ignored = :ignored, created_at = :now WHERE job_id IS :replaces",
         {
             "user": new.user_id,
-            "route": new.claim.route,
-            "key": new.claim.key,
-            "hash": new.claim.body_hash,
+            "route": new.idempotency.route,
+            "key": new.idempotency.key,
+            "hash": new.idempotency.body_hash,
             "job": new.id,
             "ignored": json.dumps(sorted(new.ignored)),
             "now": now,
-            "replaces": new.claim.replaces,
+            "replaces": new.idempotency.replaces,
         },
     )
     if not changed.rowcount:

@@ -44,12 +44,12 @@ class NewJob:
     output_name: str
     credits: int
     input_names: tuple[str, ...] = ()
-    at_once: int | None = None
-    tops_up: bool = False
-    claim: IdempotencyClaim | None = None
+    max_concurrent_jobs: int | None = None
+    auto_top_up: bool = False
+    idempotency: IdempotencyClaim | None = None
     ignored: tuple[str, ...] = ()
     remote_endpoint: str | None = None
-    overflow: Mapping[str, Any] | None = None
+    remote_fallback: Mapping[str, Any] | None = None
     weight: float = 1.0
     weights: Origin | None = None
 
@@ -81,8 +81,8 @@ class Job:
     remote_request_id: str | None = None
     priority: int = 0
     weight: float = 1.0
-    promised_start_at: float | None = None
-    overflow: Mapping[str, Any] | None = None
+    predicted_start_at: float | None = None
+    remote_fallback: Mapping[str, Any] | None = None
     weights: Origin | None = None
 
     @property

@@ -20,6 +20,10 @@ SUBMIT_UNKNOWN = {
     "code": "REMOTE_SUBMIT_UNKNOWN",
 }
 
+COLUMNS = {"remote_fallback": "overflow", "predicted_start_at": "promised_start_at"}
+"""Columns whose names are older than the fields'."""
+JSON_FIELDS = ("params", "output", "error", "remote_fallback")
+
 
 def row_of(new: NewJob, now: float) -> dict[str, Any]:
     return {
@@ -37,16 +41,16 @@ def row_of(new: NewJob, now: float) -> dict[str, Any]:
         "created_at": now,
         "served_by": "fal" if new.remote_endpoint else None,
         "remote_endpoint": new.remote_endpoint,
-        "overflow": json.dumps(new.overflow) if new.overflow else None,
+        "overflow": json.dumps(new.remote_fallback) if new.remote_fallback else None,
         "weight": new.weight,
         "weights": new.weights,
     }
 
 
 def job_of(row: dict[str, Any]) -> Job:
-    fields = {name: row[name] for name in Job.__dataclass_fields__}
-    for name in ("params", "output", "error", "overflow"):
-        fields[name] = json.loads(row[name]) if row[name] else None
+    fields = {name: row[COLUMNS.get(name, name)] for name in Job.__dataclass_fields__}
+    for name in JSON_FIELDS:
+        fields[name] = json.loads(fields[name]) if fields[name] else None
     return Job(**fields)
 
 
@@ -64,8 +68,8 @@ class JobStore:
         row = row_of(new, now)
         with self.database.atomic() as db:
             idempotency.claim(db, new, now)
-            rate_limits.reserve_slot(db, new.user_id, new.at_once, now)
-            if new.tops_up:
+            rate_limits.reserve_slot(db, new.user_id, new.max_concurrent_jobs, now)
+            if new.auto_top_up:
                 ledger.top_up(db, new.user_id, new.credits, now)
             balance = ledger.charge(db, new.user_id, new.credits, new.id, now)
             db.table("job").insert(row)

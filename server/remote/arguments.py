@@ -15,7 +15,7 @@ from pydantic.alias_generators import to_camel
 from pipelines.catalog.catalog import Catalog, Model
 from pipelines.catalog.endpoints import Endpoint
 from pipelines.params import Body
-from server.errors import InvalidBody, UnsupportedAspectRatio, UnsupportedDuration, UnsupportedResolution
+from server.errors import UnsupportedAspectRatio, UnsupportedDuration, UnsupportedResolution, invalid_field
 
 MAX_CHOSEN_SEED = 2**31 - 1
 """Every endpoint takes seeds up to here; some no higher ones."""
@@ -92,7 +92,9 @@ def _choose(catalog: Catalog, model: Model, workflow: str, images: int) -> Endpo
         endpoint = catalog.endpoint(endpoint.several)
     if images > endpoint.holds_images:
         most = endpoint.holds_images
-        raise _invalid("imageUrls", f"{model.name} takes at most {most} image{'s' if most > 1 else ''} for {workflow}")
+        raise invalid_field(
+            "imageUrls", f"{model.name} takes at most {most} image{'s' if most > 1 else ''} for {workflow}"
+        )
     return endpoint
 
 
@@ -112,15 +114,13 @@ def _check(model: Model, endpoint: Endpoint, given: Mapping[str, Any]) -> None:
     if endpoint.duration and "duration" in given and given["duration"] not in endpoint.duration.seconds:
         lengths = list(endpoint.duration.seconds)
         message = f"{model.name} makes {_list(lengths)} seconds, not {given['duration']:g}"
-        raise UnsupportedDuration(
-            f"duration: {message}", issues=[{"path": "duration", "message": message}], durations=lengths
-        )
+        raise invalid_field("duration", message, cls=UnsupportedDuration, durations=lengths)
     for name, choices in endpoint.choices.items():
         if name in given and given[name] not in choices:
             if name == "resolution":
                 told = f"{model.name} has no resolution {given[name]}; it has {_list(choices)}."
                 raise UnsupportedResolution(told, resolution=given[name], resolutions=list(choices))
-            raise _invalid(to_camel(name), f"{model.name} has {_list(choices)}, not {given[name]}")
+            raise invalid_field(to_camel(name), f"{model.name} has {_list(choices)}, not {given[name]}")
 
 
 def _files(endpoint: Endpoint, inputs: RemoteInputs) -> dict[str, Any]:
@@ -160,10 +160,6 @@ def _place(sent: dict[str, Any], path: str, value: Any) -> None:
     for name in objects:
         sent = sent.setdefault(name, {})
     sent[last] = value
-
-
-def _invalid(path: str, message: str) -> InvalidBody:
-    return InvalidBody(f"{path}: {message}", issues=[{"path": path, "message": message}])
 
 
 def _list(words: Sequence[Any]) -> str:

@@ -250,9 +250,9 @@ def test_a_key_made_for_so_many_calls_makes_no_more(store: JobStore):
     keys.create_key(store.db, user, "few", NOW)
     key_id = keys.keys(store.db)[0]["id"]
     store.db.execute("UPDATE apikey SET remaining = 1 WHERE id = ?", [key_id])
-    rate_limits.count_call(store.db, user, Plan("x"), KeyLimit(key_id, left=1), NOW)
+    rate_limits.count_call(store.db, user, Plan("x"), KeyLimit(key_id, remaining_calls=1), NOW)
     with pytest.raises(UsageExceeded):
-        rate_limits.count_call(store.db, user, Plan("x"), KeyLimit(key_id, left=0), NOW)
+        rate_limits.count_call(store.db, user, Plan("x"), KeyLimit(key_id, remaining_calls=0), NOW)
 
 
 # Plans as data

@@ -22,9 +22,9 @@ async def send(who: ApiUser, method: str, path: str, body: Any = None) -> Any:
     return answer.json()
 
 
-async def acts(app: InProcessApp) -> list[tuple[str, str, str]]:
-    found = (await app.owner().read("/api/admin/audit"))["acts"]
-    return [(act["actor"], act["act"], act["subject"]) for act in found]
+async def audit_log(app: InProcessApp) -> list[tuple[str, str, str]]:
+    found = (await app.owner().read("/api/admin/audit"))["entries"]
+    return [(entry["actor"], entry["action"], entry["subject"]) for entry in found]
 
 
 @app_test()
@@ -61,7 +61,7 @@ async def test_users_are_made_found_and_changed(app: InProcessApp):
     page = await send(owner, "GET", "/users?limit=1")
     rest = await send(owner, "GET", f"/users?limit=1&cursor={page['nextCursor']}")
     assert [user["email"] for user in page["users"] + rest["users"]] == ["bob@example.com", "owner@localhost"]
-    assert await acts(app) == [
+    assert await audit_log(app) == [
         ("owner@localhost", "users.change", made["id"]),
         ("owner@localhost", "users.create", made["id"]),
     ]
@@ -90,7 +90,7 @@ async def test_what_cannot_be_is_refused_and_not_written_down(app: InProcessApp)
     for method, path, body, code in refusals:
         answer = await owner.call(method, f"/api/admin{path}", body)
         assert answer.json()["code"] == code, (method, path, answer.text)
-    assert await acts(app) == []
+    assert await audit_log(app) == []
     assert await send(owner, "GET", f"/users/{owner.id}") == await send(owner, "GET", f"/users/{owner.id}")
     assert (await send(owner, "GET", f"/users/{owner.id}"))["role"] == "admin"
 
@@ -123,7 +123,7 @@ async def test_a_banned_user_is_out_at_once_and_back_when_it_ends(app: InProcess
     app.clock.now = NOW
     await send(owner, "DELETE", f"/users/{ada.id}/ban")
     assert (await ada.make()).status_code == 200
-    assert [act for _, act, _ in await acts(app)] == ["users.unban", "users.ban"]
+    assert [act for _, act, _ in await audit_log(app)] == ["users.unban", "users.ban"]
 
 
 @app_test()
@@ -144,7 +144,7 @@ async def test_keys_are_made_narrowed_and_revoked(app: InProcessApp):
     assert {key["userId"] for key in listed} == {ada.id}
     assert (await send(owner, "DELETE", f"/keys/{made['id']}"))["enabled"] is False
     assert (await camera.call("GET", "/api/credits")).json()["code"] == "KEY_DISABLED"
-    assert [act for _, act, _ in await acts(app)] == ["keys.revoke", "keys.change", "keys.create"]
+    assert [act for _, act, _ in await audit_log(app)] == ["keys.revoke", "keys.change", "keys.create"]
     assert made["key"] not in str(app.rows("SELECT * FROM audit"))
 
 
@@ -176,7 +176,7 @@ async def test_everyones_jobs_are_seen_and_cancelled(app: InProcessApp):
     assert (await send(owner, "GET", f"/jobs/{running['id']}"))["status"] == "cancelled"
     assert await ada.balance() == 10
     assert (await send(owner, "GET", f"/jobs?user={owner.id}"))["jobs"] == []
-    assert [act for _, act, _ in await acts(app)] == ["jobs.cancel"] * 2
+    assert [act for _, act, _ in await audit_log(app)] == ["jobs.cancel"] * 2
 
 
 @app_test()

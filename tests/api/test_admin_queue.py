@@ -59,8 +59,8 @@ async def test_an_admin_pauses_and_resumes(app: InProcessApp):
     assert await send(owner, "POST", "/queue/resume") == {"halted": []}
     await app.settle()
     assert (await ada.read(f"/api/jobs/{job_id}"))["status"] == "succeeded"
-    acts = (await owner.read("/api/admin/audit"))["acts"]
-    assert [act["act"] for act in acts] == ["queue.resume", "queue.pause"]
+    entries = (await owner.read("/api/admin/audit"))["entries"]
+    assert [entry["action"] for entry in entries] == ["queue.resume", "queue.pause"]
 
 
 @app_test()

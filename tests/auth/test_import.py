@@ -188,8 +188,8 @@ async def _all_are_let_in(settings: Settings, theirs: Theirs, known: list[dict[s
 
     async with serve_app(settings, time.time) as app:  # type: ignore[arg-type]
         with app.services.jobs.database.atomic() as db:
-            brought = importer.import_database(db, app.services.auth.secret, theirs.path, time.time())
-        assert importer.summary(brought) == "2 users, 2 passwords, 2 sessions, 2 keys, 0 skipped"
+            counts = importer.import_database(db, app.services.auth.secret, theirs.path, time.time())
+        assert importer.summary(counts) == "2 users, 2 passwords, 2 sessions, 2 keys, 0 skipped"
         for person in known:
             await _is_let_in(app.client(), person)
 

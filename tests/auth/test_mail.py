@@ -63,8 +63,8 @@ def mail_server() -> Iterator[tuple[str, list[str]]]:
 
 def send(box: Mailer, mail: Mail = MAIL) -> None:
     async def tell() -> None:
-        box.begin(box.send(mail))
-        await box.settle()
+        box.run_in_background(box.send(mail))
+        await box.wait()
 
     asyncio.run(tell())
 
@@ -111,8 +111,8 @@ def test_work_that_breaks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
             raise RuntimeError("nobody asked")
 
         box = mail.from_settings(Settings(data=tmp_path))
-        box.begin(breaks())
-        await box.settle()
+        box.run_in_background(breaks())
+        await box.wait()
 
     asyncio.run(tell())
     assert "A mail could not be made: RuntimeError" in caplog.text

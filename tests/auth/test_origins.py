@@ -150,17 +150,23 @@ def test_the_codes_of_refused_redirects():
 
 
 def test_three_attempts_in_ten_seconds():
-    attempts = SignInRateLimiter()
-    assert [attempts.wait_s("1.2.3.4", "/sign-in/email", now) for now in (0, 1, 2, 3, 9.5)] == [0, 0, 0, 7, 1]
-    assert attempts.wait_s("1.2.3.5", "/sign-in/email", 3) == 0
-    assert attempts.wait_s("1.2.3.4", "/sign-up/email", 3) == 0
-    assert [attempts.wait_s("1.2.3.4", "/sign-in/email", now) for now in (10, 10.5, 11)] == [0, 1, 0]
+    sign_in_limiter = SignInRateLimiter()
+    assert [sign_in_limiter.retry_after_s("1.2.3.4", "/sign-in/email", now) for now in (0, 1, 2, 3, 9.5)] == [
+        0,
+        0,
+        0,
+        7,
+        1,
+    ]
+    assert sign_in_limiter.retry_after_s("1.2.3.5", "/sign-in/email", 3) == 0
+    assert sign_in_limiter.retry_after_s("1.2.3.4", "/sign-up/email", 3) == 0
+    assert [sign_in_limiter.retry_after_s("1.2.3.4", "/sign-in/email", now) for now in (10, 10.5, 11)] == [0, 1, 0]
 
 
 def test_other_routes_take_a_hundred_and_mails_three_a_minute():
-    attempts = SignInRateLimiter()
-    assert [attempts.wait_s("a", "/get-session", 0) for _ in range(101)] == [0] * 100 + [10]
-    assert [attempts.wait_s("a", "/request-password-reset", 0) for _ in range(4)] == [0, 0, 0, 60]
+    sign_in_limiter = SignInRateLimiter()
+    assert [sign_in_limiter.retry_after_s("a", "/get-session", 0) for _ in range(101)] == [0] * 100 + [10]
+    assert [sign_in_limiter.retry_after_s("a", "/request-password-reset", 0) for _ in range(4)] == [0, 0, 0, 60]
 
 
 def test_whoever_has_a_network_counts_once():
@@ -170,7 +176,7 @@ def test_whoever_has_a_network_counts_once():
 
 
 def test_memory_is_bounded():
-    attempts = SignInRateLimiter()
+    sign_in_limiter = SignInRateLimiter()
     for number in range(MOST_KEPT + 10):
-        attempts.wait_s(str(number), "/ok", 0)
-    assert len(attempts._seen) == MOST_KEPT
+        sign_in_limiter.retry_after_s(str(number), "/ok", 0)
+    assert len(sign_in_limiter._seen) == MOST_KEPT

@@ -72,7 +72,7 @@ async def test_neither_tokens_nor_passwords_are_in_the_database(app: InProcessAp
     client = await signed_up(app)
     token = (await session(client))["session"]["token"]
     await client.post("/api/auth/request-password-reset", json={"email": BODY["email"]})
-    await app.services.auth.outbox.settle()
+    await app.services.auth.mailer.wait()
     mail = json.loads((app.services.settings.data / "outbox.log").read_text())
     reset = mail["text"].partition("/reset-password/")[2].partition("?")[0]
     written = "\n".join(app.db.iterdump())
@@ -84,7 +84,7 @@ async def test_neither_tokens_nor_passwords_are_in_the_database(app: InProcessAp
 async def test_a_reset_ends_every_session(app: InProcessApp) -> None:
     client = await signed_up(app)
     await client.post("/api/auth/request-password-reset", json={"email": "ADA@example.com"})
-    await app.services.auth.outbox.settle()
+    await app.services.auth.mailer.wait()
     text = json.loads((app.services.settings.data / "outbox.log").read_text())["text"]
     token = text.partition("/reset-password/")[2].partition("?")[0]
     body = {"token": token, "newPassword": "another one"}
@@ -102,7 +102,7 @@ def test_no_secret_is_in_any_log(tmp_path: Any, caplog: pytest.LogCaptureFixture
         created = await client.post("/api/auth/api-key/create", json={"name": "k"})
         await client.get("/api/credits", headers={"x-api-key": created.json()["key"]})
         await client.post("/api/auth/request-password-reset", json={"email": BODY["email"]})
-        await app.services.auth.outbox.settle()
+        await app.services.auth.mailer.wait()
         reset = json.loads((app.services.settings.data / "outbox.log").read_text())["text"]
         reset = reset.partition("/reset-password/")[2].partition("?")[0]
         secrets = [token, created.json()["key"], reset, PASSWORD, app.services.auth.secret.text]

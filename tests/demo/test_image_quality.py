@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as Kind
 from PIL import Image
 
 from pipelines.base import TIERS, ExecutionMode, Weights
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.flux import build
 from pipelines.params import TextToImage
 from pipelines.residency.residency import Residency
@@ -47,7 +47,7 @@ def shows(picture: Any, shape: str = "circle", colour: str = "red", background: 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    model = Catalog.load().find("flux-dev").demo
+    model = load_catalog().find("flux-dev").demo
     weights = Installed(tmp_path_factory.mktemp("none")).weights(model) if model else None
     assert weights
     return weights
@@ -76,7 +76,7 @@ def test_after_ten_swaps_with_another_model(demo: Weights, tmp_path: Path):
     """Each evicts the other, and leaves its bytes on the host."""
     folder = tiny_flux.make_flux(tmp_path / "flux", "dev")
     (tmp_path / "weights.toml").write_text(table("flux", folder))
-    model = Catalog.load(tmp_path / "weights.toml").find("flux")
+    model = load_catalog(tmp_path / "weights.toml").find("flux")
     pull(model, tmp_path / "weights")
     other = Installed(tmp_path / "weights").weights(model)
     assert other
@@ -100,7 +100,7 @@ def test_quantised(kind: str, tmp_path: Path):
     else:
         text += table("other", DEMO, f'quantisation = "{kind}"')
     (tmp_path / "weights.toml").write_text(text)
-    catalog = Catalog.load(tmp_path / "weights.toml")
+    catalog = load_catalog(tmp_path / "weights.toml")
     for model in catalog.models.values():
         pull(model, tmp_path / "weights")
     installed = Installed(tmp_path / "weights")

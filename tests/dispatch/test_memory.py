@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.installed import Installed
 from pipelines.weights.pull import pull
 from server.cli import app
@@ -45,7 +45,7 @@ def install_test_models(folder: Path, *kinds: tiny_flux.FluxKind) -> Settings:
     toml = folder / "weights.toml"
     toml.write_text("".join(MODEL.format(kind=kind, folder=path) for kind, path in made.items()))
     settings = Settings(data=folder / "data", weights_toml=toml)
-    for model in Catalog.load(toml).models.values():
+    for model in load_catalog(toml).models.values():
         pull(model, settings.weights)
     return settings
 
@@ -66,7 +66,7 @@ def cpu(budget_bytes: int) -> list[DeviceSpec]:
 
 
 def need_bytes(settings: Settings, tier: int) -> int:
-    model = Catalog.load(settings.weights_toml).models["hungry-dev"]
+    model = load_catalog(settings.weights_toml).models["hungry-dev"]
     weights = Installed(settings.weights).weights(model)
     assert weights
     need = need_of(weights, model.working, Shape(64 * 64))

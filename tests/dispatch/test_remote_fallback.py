@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from server.accounts import ledger, users
 from server.db.database import Database
 from server.dispatch.records import mode_named, read_failed_modes, record_attempt
@@ -118,7 +119,7 @@ def test_what_fal_refuses_is_refunded_once(live_server: LiveServer, fal: FakeFal
 
 @pytest.mark.parametrize("forbidden", [{"offline": True}, {"route": "local-only"}, {"fal_key": None}])
 def test_nothing_leaves_the_machine_where_the_operator_forbids_it(settings: Settings, forbidden: dict[str, Any]):
-    model = Catalog.load(settings.weights_toml).models["hungry-dev"]
+    model = load_catalog(settings.weights_toml).models["hungry-dev"]
 
     def may(settings: Settings) -> bool:
         desk = build_remote(settings, Catalog({}), FileStore(settings.files), lambda: NOW)
@@ -131,14 +132,14 @@ def test_nothing_leaves_the_machine_where_the_operator_forbids_it(settings: Sett
 def test_a_job_is_handed_over_in_one_statement_and_only_once(tmp_path: Path):
     store = JobStore(Database(tmp_path / "plantain.sqlite"))
     user = users.create_user(store.db, "Ada", "ada@example.com", NOW)
-    overflow = {"endpoint": "fal-ai/flux/dev", "params": {"prompt": "a", "images": ["in.png"]}}
-    store.insert(replace(new_job(user, 1), overflow=overflow), NOW)
+    remote_fallback = {"endpoint": "fal-ai/flux/dev", "params": {"prompt": "a", "images": ["in.png"]}}
+    store.insert(replace(new_job(user, 1), remote_fallback=remote_fallback), NOW)
     store.insert(new_job(user, 2), NOW)
     for job_id in ("job_1", "job_2"):
         store.start(job_id, "gpu0", NOW)
     there = store.move_to_remote("job_1")
     assert there and (there.status, there.served_by, there.attempts) == ("queued", "fal", 0)
-    assert (there.remote_endpoint, there.params) == (overflow["endpoint"], overflow["params"])
+    assert (there.remote_endpoint, there.params) == (remote_fallback["endpoint"], remote_fallback["params"])
     assert store.move_to_remote("job_1") is None
     assert store.move_to_remote("job_2") is None, "it may not go there"
     store.requeue("job_2", NOW)
@@ -159,7 +160,7 @@ def test_only_ways_that_failed_where_the_job_then_ended_well_are_remembered(tmp_
     ways = ["resident", "resident", "resident, tiled", "staged"]
     for number, (way, end) in enumerate(product(ways, ["succeeded", "failed", "elsewhere", "fal", "old"]), 1):
         job_id, device = f"job_{number}", "gpu1" if end == "elsewhere" else "gpu0"
-        store.insert(replace(new_job(user, number, 1), overflow={"endpoint": "x", "params": {}}), NOW)
+        store.insert(replace(new_job(user, number, 1), remote_fallback={"endpoint": "x", "params": {}}), NOW)
         store.start(job_id, "gpu0", NOW)
         failed, after = Attempt("gpu0", mode_named(way)), Attempt(device, mode_named("staged"))
         at = 1.0 if end == "old" else NOW

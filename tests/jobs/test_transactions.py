@@ -61,8 +61,8 @@ def new_job(user: str, number: int) -> NewJob:
         pixels=64,
         output_name=f"{number}.png",
         credits=3,
-        at_once=3,
-        claim=claim,
+        max_concurrent_jobs=3,
+        idempotency=claim,
     )
 
 

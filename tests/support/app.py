@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.pull import pull
 from server import services
 from server.accounts import keys, ledger, users
@@ -192,7 +192,7 @@ def install_test_models(folder: Path) -> Settings:
     toml = folder / "weights.toml"
     toml.write_text(DEFAULTS + "".join(texts))
     settings = Settings(data=folder / "data", weights_toml=toml)
-    for model in Catalog.load(toml).models.values():
+    for model in load_catalog(toml).models.values():
         pull(model, settings.weights)
     return settings
 

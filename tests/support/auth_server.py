@@ -47,7 +47,7 @@ class Served:
 
     def newest_mail(self) -> dict[str, str]:
         """Waits for a mail that is still being written: it goes out behind the answer's back."""
-        for task in list(self.made.auth.outbox._under_way):
+        for task in list(self.made.auth.mailer._tasks):
             while not task.done():
                 time.sleep(0.005)
         return json.loads((self.data / "outbox.log").read_text().splitlines()[-1])

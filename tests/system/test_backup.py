@@ -124,7 +124,7 @@ def test_jobs_of_the_first_schema_outlive_the_upgrade(tmp_path: Path):
     old.close()
     store = JobStore(Database(path))
     job = store.job("j")
-    assert (job.status, job.priority, job.weight, job.promised_start_at) == ("queued", 0, 1.0, None)
+    assert (job.status, job.priority, job.weight, job.predicted_start_at) == ("queued", 0, 1.0, None)
     store.database.close()
 
 

@@ -18,7 +18,7 @@ from server.api.dependencies import (
     body_of,
     schema_of,
 )
-from server.api.schemas import job_json
+from server.api.schemas import job_json, paginated
 from server.errors import NotFound
 from server.jobs.job import Job
 from server.services import Services
@@ -38,8 +38,7 @@ async def list_jobs(
 ) -> JSONResponse:
     """Everyone's, the newest first."""
     jobs = await services.database.call(services.jobs.jobs, user, cursor, limit, status)
-    next_cursor = jobs[-1].id if len(jobs) == limit else None
-    return JSONResponse({"jobs": [_job_json(services, job, base_url) for job in jobs], "nextCursor": next_cursor})
+    return JSONResponse(paginated("jobs", [_job_json(services, job, base_url) for job in jobs], limit))
 
 
 @router.get("/jobs/{job_id}")

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from server.accounts import admin, usage
 from server.accounts.usage import camel
 from server.api.dependencies import Admin, Asked, Form, Limit, ServicesDep
-from server.api.schemas import answer
+from server.api.schemas import answer, paginated
 from server.timestamps import iso
 
 router = APIRouter(prefix="/api/admin")
@@ -31,19 +31,20 @@ async def list_plans(_: Admin, services: ServicesDep) -> JSONResponse:
 
 
 @router.get("/audit")
-async def list_acts(_: Admin, services: ServicesDep, cursor: int | None = None, limit: Limit = 50) -> JSONResponse:
+async def list_audit_entries(
+    _: Admin, services: ServicesDep, cursor: int | None = None, limit: Limit = 50
+) -> JSONResponse:
     rows = await services.database.run(admin.entries, cursor, limit)
-    next_cursor = rows[-1]["id"] if len(rows) == limit else None
-    return JSONResponse({"acts": [_act_json(row) for row in rows], "nextCursor": next_cursor})
+    return JSONResponse(paginated("entries", [_audit_json(row) for row in rows], limit))
 
 
-def _act_json(row: dict[str, Any]) -> dict[str, Any]:
+def _audit_json(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": row["id"],
         "actor": row["actor"],
         "actorId": row["actor_id"],
         "actorKeyId": row["actor_key_id"],
-        "act": row["act"],
+        "action": row["act"],
         "subject": row["subject"],
         "detail": json.loads(row["detail"]),
         "createdAt": iso(row["created_at"]),

@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, Field
 from server.accounts import admin, ledger, users
 from server.api import dependencies
 from server.api.dependencies import Admin, Limit, Name, ServicesDep, StrictBody, audited, body_of, schema_of
-from server.api.schemas import entries_json
+from server.api.schemas import entries_json, paginated
 from server.services import Services
 
 router = APIRouter(prefix="/api/admin")
@@ -44,8 +44,7 @@ async def list_users(
     _: Admin, services: ServicesDep, cursor: str | None = None, limit: Limit = 50, search: str | None = None
 ) -> JSONResponse:
     rows = await services.database.run(admin.list_users, cursor, limit, search)
-    next_cursor = rows[-1]["id"] if len(rows) == limit else None
-    return JSONResponse({"users": [user_json(row) for row in rows], "nextCursor": next_cursor})
+    return JSONResponse(paginated("users", [user_json(row) for row in rows], limit))
 
 
 @router.post("/users", openapi_extra=schema_of(NewUser))

@@ -21,8 +21,8 @@ async def guard(request: Request, services: ServicesDep) -> None:
     path = request.url.path.removeprefix(PREFIX)
     if services.settings.limit_sign_in:
         address = request.client.host if request.client else ""
-        if wait_s := services.auth.attempts.wait_s(address, path, services.clock()):
-            raise too_many(wait_s)
+        if retry_after_s := services.auth.sign_in_limiter.retry_after_s(address, path, services.clock()):
+            raise too_many(retry_after_s)
     pages = origins.for_pages(request, services.settings)
     origins.check_auth_call(request, pages, signs_in=path in SIGNING_IN)
 

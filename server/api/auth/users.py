@@ -81,7 +81,7 @@ async def request_password_reset(request: Request, services: ServicesDep) -> JSO
     """The same answer, as soon, whether there is such a user or not. Clients of 1.3 know it by its first name."""
     body = await schemas.read(request, {"email": "email", "redirectTo": "string?"})
     origins.check_redirect(body.get("redirectTo"), "redirectTo", origins.for_redirects(services.settings))
-    services.auth.outbox.begin(_mail_reset(services, body["email"], body.get("redirectTo")))
+    services.auth.mailer.run_in_background(_mail_reset(services, body["email"], body.get("redirectTo")))
     return JSONResponse({"status": True, "message": SENT})
 
 
@@ -171,7 +171,7 @@ async def _mail_reset(services: Services, email: str, redirect_to: str | None) -
     token = await services.database.transaction(credentials.open_reset, user["id"], services.clock())
     address = settings.address_of(services.settings)
     link = f"{address}{PREFIX}/reset-password/{token}?callbackURL={quote(redirect_to or '/', safe='')}"
-    await services.auth.outbox.send(Mail(user["email"], SUBJECT, RESET_TEXT.format(address=address, link=link)))
+    await services.auth.mailer.send(Mail(user["email"], SUBJECT, RESET_TEXT.format(address=address, link=link)))
 
 
 def _with_query(url: str, more: dict[str, str]) -> str:
