@@ -9,14 +9,14 @@ import pytest
 
 if TYPE_CHECKING:  # pytest-xdist's controller loads this file too: it is up at once without torch
     from server.settings import Settings
-    from tests.live_server import LiveServer
+    from tests.support.server import LiveServer
     from tests.support.fal import FakeFal
 
 
 @pytest.fixture(scope="session")
 def installed_models(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Installed weights that tests share; a test that serves gets a data folder of its own beside them."""
-    from tests.live_server import install_test_models
+    from tests.support.server import install_test_models
 
     return install_test_models(tmp_path_factory.mktemp("house"))
 
@@ -35,7 +35,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def live_server(installed_models: Settings) -> Iterator[LiveServer]:
     """One server for all tests that do not harm it: its worker takes seconds to start."""
-    from tests.live_server import running
+    from tests.support.server import running
 
     with running(installed_models) as it:
         it.until(lambda: it.client.get("/readyz").is_success)
