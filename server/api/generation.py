@@ -1,11 +1,10 @@
-"""The video route of the hosted API."""
-# FROM server.api.once: The Idempotency-Key of a generation call: the same key with the same body is the same job.
-# FROM server.api.generation: How the four generation routes answer: wait for the job, or `202` to `Prefer: respond-async`.
-# FROM server.api.images: The three image routes of the hosted API.
+"""The four generation routes of the hosted API.
+
+A call waits for its job, or answers 202 to `Prefer: respond-async`. An Idempotency-Key with the same body is one job.
+"""
 
 import asyncio
 import re
-from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -17,7 +16,7 @@ from server.api.dependencies import BaseUrl, CurrentCaller, ServicesDep, body_of
 from server.api.middleware import set_header
 from server.api.schemas import job_json, output_json, weights_header
 from server.errors import ConcurrencyLimit, GenerationFailed, JobWasCancelled, PlantainError, from_code
-from server.intake.intake import AcceptedJob, _replay
+from server.intake.intake import AcceptedJob, GenerationRequest
 from server.jobs import idempotency
 from server.jobs.job import IdempotencyClaim, Job
 from server.services import Services
@@ -25,28 +24,18 @@ from server.services import Services
 router = APIRouter()
 
 
-async def accept_once(
-    request: Request, services: Services, caller: Caller, kind: str, body: Body, own_bases: Sequence[str]
+async def accept(
+    request: Request, services: Services, caller: Caller, kind: str, body: Body, base_url: str
 ) -> AcceptedJob:
-    """The job of this request: a new one, or the one that its Idempotency-Key stands for, ended or not.
-
-    A key that another call takes in the meantime stands for that call's job from then on: charged is only one.
-    """
-    claim, route = await _claim_of(request, body), request.headers.get("x-route")
-    while claim:
-        found, claim = await services.database.call(_replay, services.jobs, caller.user_id, claim, services.clock())
-        if found:
-            set_header(request, "Idempotent-Replayed", "true")
-            return found
-        try:
-            return await services.intake.accept(caller, kind, body, own_bases, claim, route)
-        except idempotency.KeyAlreadyClaimed:
-            continue
-    return await services.intake.accept(caller, kind, body, own_bases, route=route)
+    """Accept one generation request; the job is charged and queued, or replayed by its Idempotency-Key."""
+    own_base_urls = (base_url, str(request.base_url).rstrip("/"))
+    claim = await _claim_of(request, body)
+    wanted = GenerationRequest(caller, kind, body, own_base_urls, claim, request.headers.get("x-route"))
+    return await services.intake.accept(wanted)
 
 
 async def _claim_of(request: Request, body: Body) -> IdempotencyClaim | None:
-    """A body with a picture in it takes long to hash: off the event loop with it."""
+    """Hashing a body with a picture in it takes long: it runs off the event loop."""
     key = idempotency.parse(request.headers.getlist("idempotency-key"))
     if key is None:
         return None
@@ -60,12 +49,13 @@ async def run_generation(
     request: Request, services: Services, caller: Caller, kind: str, body: Body, base_url: str
 ) -> JSONResponse:
     """Run one request to its documented answer. What it raises becomes the error envelope."""
-    own_bases = (base_url, str(request.base_url).rstrip("/"))
     try:
-        accepted = await accept_once(request, services, caller, kind, body, own_bases)
+        accepted = await accept(request, services, caller, kind, body, base_url)
     except ConcurrencyLimit:
         await refresh_balance(request, services, caller.user_id)
         raise
+    if accepted.replayed:
+        set_header(request, "Idempotent-Replayed", "true")
     respond_async, wait_s = preferences(request.headers.get("prefer", ""))
     try:
         async with asyncio.timeout(wait_s if respond_async else None):
