@@ -1,5 +1,7 @@
-"""Family modules by name. Each has `build(weights, residency)` and `loader(weights, device)`."""
-# FROM pipelines.base: The words that every family and the server share. Standard library and Pillow only.
+"""Types and errors that every family and the server share, and `family_module`. Standard library only.
+
+A family is a module with `build(weights, residency)` and `loader(weights, device)`.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -8,32 +10,35 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 Tier = Literal["resident", "staged", "streamed"]
-"""Where weights are while a job runs: all on the device; only those of the phase; some of them passing through."""
+"""Which weights are on the device while a job runs: all; those of the current phase; a part, the rest streamed."""
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
+STREAMING_SLOTS = 2
+"""Device buffers for streamed blocks: one block is computed with while the next one is copied in."""
+
 OnStep = Callable[[str, int, int], None]
-"""Told `(phase, step, steps)` after each step; may raise `JobCancelled` to stop the run at that boundary."""
+"""Called with `(phase, step, steps)` after each step; may raise `JobCancelled` to stop the run at that point."""
 
 
 class JobCancelled(Exception):
-    """Raised out of `OnStep`: the job is to stop here."""
+    """Raised by `OnStep` to stop the job."""
 
 
 class InvalidInput(Exception):
-    """The caller's fault: the params or an input file cannot be used. The message is for the caller."""
+    """The params or an input file cannot be used: the caller's fault. The message is shown to the caller."""
 
 
 class UnusableWeights(Exception):
-    """The operator's fault: a weights file is missing, truncated or of a kind that is not loaded."""
+    """A weights file is missing, truncated or of an unsupported kind: the operator's fault."""
 
 
 class InvalidOutput(Exception):
-    """The model ran, but what it made is none: NaN or infinite values."""
+    """The model ran, but its output has NaN or infinite values."""
 
 
 @dataclass(frozen=True)
 class FileFingerprint:
-    """A file as it was when its component was described: whoever replaces it changes this, or takes pains not to."""
+    """A file's size and modification time when its component was described: a changed one means a replaced file."""
 
     name: str
     size_bytes: int
@@ -41,7 +46,7 @@ class FileFingerprint:
 
     @classmethod
     def of(cls, file: Path) -> "FileFingerprint | None":
-        """None where there is no such file."""
+        """None if there is no such file."""
         try:
             stat = file.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -53,12 +58,12 @@ class FileFingerprint:
 class Component:
     """One part of a model with weights of its own.
 
-    `key` is the hash of its files and its dtype: two components with one key hold the same bytes and are loaded once.
-    `weights_bytes` is what it takes on a device. `path` is a folder (diffusers layout) or a single file.
-    `block_bytes` are those of its blocks, in any order: layers that follow one another and can be streamed.
-    `storage` is what its matrices are kept as where that is another than they are computed in. `fingerprints` are its files
-    as they were when its key was found: another file under the same name is not loaded. `config` is the folder of the
-    component that it stands in for, where its file has no configuration of its own.
+    `key` is the hash of its files and its dtype: components with the same key have the same bytes and are loaded once.
+    `weights_bytes` is its size on a device. `path` is a folder (diffusers layout) or a single file.
+    `block_bytes` are the sizes of its blocks, in any order: successive layers, which can be streamed.
+    `storage` is the format in which its matrices are stored, if other than the dtype that computes. `fingerprints` are
+    those of its files when the key was computed: a file that differs is not loaded. `config` is the folder of the
+    component that it replaces, if its file has no configuration of its own (GGUF).
     """
 
     name: str
@@ -76,8 +81,8 @@ class Component:
 class Weights:
     """One model's weights as installed: all that a family needs to load it.
 
-    `architecture` is the diffusers pipeline to run them as, where it is another than their `model_index.json` names.
-    `compiled` says that the denoiser's blocks are to be run by torch.compile.
+    `architecture` is the diffusers pipeline to run them with, if other than the one in their `model_index.json`.
+    `compiled`: run the denoiser's blocks through torch.compile.
     """
 
     model: str
@@ -97,10 +102,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class ExecutionMode:
-    """How a job is run on its device. `tiled` decodes in tiles.
+    """How a job runs on its device: which weights are there when, and whether the VAE decodes in tiles.
 
-    What only a worker needs: `phases` are (name, component keys) in order; `streamed_bytes` are (key, bytes), the components
-    that are streamed, with the bytes of blocks that may stay on the device.
+    Only workers need the rest: `phases` are (name, component keys), in order; `streamed_bytes` are (key, bytes) of the
+    components that are streamed, with the bytes of their blocks that may stay on the device.
     """
 
     tier: Tier = "resident"
@@ -115,7 +120,7 @@ class ExecutionMode:
 
 @dataclass(frozen=True)
 class ComponentStatus:
-    """A component that a worker has: on its device since `since_at`, as a copy in host memory, or both."""
+    """A component that a worker has, since `since_at`: on its device, as a copy in host memory, or both."""
 
     key: str
     name: str
@@ -128,7 +133,7 @@ class ComponentStatus:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes beside the weights. `working_bytes` were taken from the device, `allocated_bytes` of them were in use."""
+    """The highest memory use of a phase, without weights: reserved on the device, and of that in use (allocated)."""
 
     phase: str
     working_bytes: int
@@ -138,10 +143,11 @@ class Peak:
 
 @dataclass(frozen=True)
 class Loader:
-    """How a family loads a component when no run asks for it yet.
+    """How a family loads a component outside of a run, for prefetching.
 
-    `needs_subprocess`: what loads it changes torch for its whole process, so that no other run may be in that one. Without `returns_module`
-    it is made on the device at once (an ONNX session), and there is nothing that host memory could keep.
+    `needs_subprocess`: loading changes torch for the whole process, so it must not happen beside a run.
+    Without `returns_module`, `load` returns an object that is on the device already (an ONNX session), of which host
+    memory keeps no copy.
     """
 
     load: Callable[[Component], Any]
@@ -150,13 +156,16 @@ class Loader:
 
 
 class Pipeline(Protocol):
-    """A family's object, able to `generate`. Built by the family module's `build(weights, residency)`."""
+    """One model, loaded by its family's `build(weights, residency)`."""
 
     def generate(self, params: Any, on_step: OnStep) -> Any:
-        """Run once. Returns a `PIL.Image.Image` (RGB or RGBA, 8 bits). Raises `InvalidInput` or `JobCancelled`."""
+        """Runs once. Returns a `PIL.Image.Image` (RGB or RGBA, 8 bits) or a `VideoOutput`.
+
+        Raises `InvalidInput`, `UnusableWeights`, `InvalidOutput`, and whatever `on_step` raises.
+        """
         ...
 
 
 def family_module(family: str) -> Any:
-    """`flux` → `pipelines.flux`; a dotted name is a family of one's own."""
+    """The module of a family: `flux` is `pipelines.flux`; a dotted name is a module outside of this package."""
     return importlib.import_module(family if "." in family else f"pipelines.{family}")

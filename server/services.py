@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.installed import Installed
 from server import auth
 from server.accounts import admin
@@ -81,7 +81,7 @@ def build_services(
     files = FileStore(settings.files)
     devices = inventory(settings.budget_bytes) if devices is None else devices
     peaks = restore_peaks(jobs, devices)
-    registry = ModelRegistry(Catalog.load(settings.weights_toml), Installed(settings.weights, settings.demo), peaks)
+    registry = ModelRegistry(load_catalog(settings.weights_toml), Installed(settings.weights, settings.demo), peaks)
     inbox: asyncio.Queue[Message] = asyncio.Queue()
     media = ImageInputs(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
     desk = runner.build_remote(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from server.errors import PlantainError, _tree
 from server.settings import PROJECT, Settings, from_environment
 from tests.support.server import LiveServer
@@ -19,7 +19,7 @@ DOCS = {path.name: path.read_text() for path in (PROJECT / "docs").glob("*.md")}
 
 def test_every_setting_is_in_the_docs_and_can_be_set_by_the_environment():
     for field in fields(Settings):
-        assert f"`PLANTAIN_{field.name.upper()}`" in DOCS["settings.md"], field.name
+        assert f"`PLANTAIN_{field.name.upper()}`" in DOCS["configuration.md"], field.name
 
 
 def test_settings_are_read_from_the_environment():
@@ -42,7 +42,7 @@ def test_every_error_code_is_in_the_docs():
 
 
 def test_every_model_is_in_the_readme():
-    for name in Catalog.load(PROJECT / "weights.toml").models:
+    for name in load_catalog(PROJECT / "weights.toml").models:
         assert f"`{name}`" in README, name
 
 

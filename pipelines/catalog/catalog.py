@@ -203,13 +203,6 @@ class Catalog:
     def that_can(self, kind: str, workflow: str) -> list[Model]:
         return [model for model in self.models.values() if model.kind == kind and workflow in model.workflows]
 
-    @classmethod
-    def load(cls, path: Path = WEIGHTS_TOML) -> "Catalog":
-        """Raises `CatalogError` at the first thing that is wrong."""
-        from pipelines.catalog.reader import read_catalog  # it builds what is defined here
-
-        return read_catalog(path)
-
 
 def name_index(models: Iterable[Model]) -> dict[str, str]:
     """Every id and alias, in lower case, with the id it stands for. Raises `CatalogError` if two models share one."""

@@ -7,7 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from pipelines.catalog.catalog import Catalog, Credits, Dtype, Kind, Model, Quantisation, Retired, Source, name_index
+from pipelines.catalog.catalog import (
+    WEIGHTS_TOML,
+    Catalog,
+    Credits,
+    Dtype,
+    Kind,
+    Model,
+    Quantisation,
+    Retired,
+    Source,
+    name_index,
+)
 from pipelines.catalog.endpoints import read_endpoints
 from pipelines.catalog.sections import read_all_sizes, read_frames, read_lora, read_source, read_working
 from pipelines.catalog.table import CatalogError, Table
@@ -28,7 +39,7 @@ DEMO_KEYS = ("architecture", "defaults", "dtype", "frames", "path", "size_multip
 """What `[demo.FAMILY]` may hold, and a model's own `demo`, which overrides it."""
 
 
-def read_catalog(path: Path) -> Catalog:
+def load_catalog(path: Path = WEIGHTS_TOML) -> Catalog:
     """Raises `CatalogError`, with the path in front, at the first thing that is wrong."""
     try:
         return read_top(Table("top level", tomllib.loads(path.read_text("utf-8"))), path.parent.absolute())

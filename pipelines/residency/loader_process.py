@@ -1,7 +1,7 @@
-"""A process that loads weights for this one, and hands them over packed, in memory that both see.
+"""Loader subprocess: loads weights beside a running job, and transfers them packed, through shared memory.
 
 `from_pretrained` changes torch for its whole process while it works (the default dtype, how modules take parameters)
-and keeps the interpreter busy; a job that runs meanwhile must notice neither.
+and holds the interpreter lock; neither may affect the job that runs meanwhile.
 """
 
 import ctypes
@@ -23,15 +23,15 @@ from pipelines.residency.packed import ALIGNMENT_BYTES, PackedModule
 
 PR_SET_PDEATHSIG = 1
 NICE = 5
-"""It takes the processor's time that the running job leaves."""
+"""Added to the subprocess's niceness: the running job has priority on the CPU."""
 
 
 class LoaderProcessError(Exception):
-    """The other process could not load it, or has gone. The message says why."""
+    """The subprocess could not load a component, or exited. The message is the reason."""
 
 
 class LoaderProcess:
-    """The other process, started when it is first needed. For one thread; `kill` may be called from any."""
+    """The parent's handle on the subprocess, which starts with the first `load`. For one thread, except `kill`."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -42,20 +42,20 @@ class LoaderProcess:
         return self._process.pid if self._process else None
 
     def load(self, weights: Weights, component: Component, device: torch.device) -> PackedModule:
-        """What the family's loader makes of the component, packed. Raises NotLoaded."""
+        """Returns what the family's loader makes of the component, packed. Raises LoaderProcessError."""
         try:
             connection = self._connection or self._start()
             connection.send((weights, component, device.type))
-            answer = connection.recv()
-            if isinstance(answer, str):
-                raise LoaderProcessError(answer)
-            return received(answer, reduction.recv_handle(connection))
+            reply = connection.recv()
+            if isinstance(reply, str):
+                raise LoaderProcessError(reply)
+            return received(reply, reduction.recv_handle(connection))
         except (EOFError, OSError) as error:
             self.kill()
-            raise LoaderProcessError("the process that loads weights has ended") from error
+            raise LoaderProcessError("the loader process has exited") from error
 
     def kill(self) -> None:
-        """End it at once; what it was loading is given up."""
+        """Kills the subprocess, and with it the load that is under way. The next `load` starts another one."""
         process, self._process, self._connection = self._process, None, None
         if process:
             process.kill()
@@ -68,30 +68,31 @@ class LoaderProcess:
             pass_fds=[theirs.fileno()],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         )
-        theirs.close()  # else a killed process would never show as end of file
+        theirs.close()  # else the end of a killed process is never seen as EOF
         self._connection = ours
         return ours
 
 
 def serve(connection: Connection) -> None:
+    """The subprocess: loads what is requested, and replies with the pickled module and a descriptor, or an error."""
     while True:
         weights, component, device_type = connection.recv()
         try:
             loader = family_module(weights.family).loader(weights, torch.device(device_type))
             memory = SharedMemory()
             packed = PackedModule.of(loader.load(component), memory.buffer)
-            answer = pickled(packed)
+            reply = pickled(packed)
         except Exception as error:
             connection.send(f"{type(error).__name__}: {error}")
             continue
-        connection.send(answer)
+        connection.send(reply)
         reduction.send_handle(connection, memory.descriptor, os.getppid())
         os.close(memory.descriptor)
         del packed
 
 
 class SharedMemory:
-    """A buffer in a file of no folder: unlike /dev/shm, it is as large as memory."""
+    """A buffer in an anonymous file (memfd), which unlike /dev/shm may be as large as the host's memory."""
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("weights")
@@ -107,7 +108,7 @@ def mapped(descriptor: int, size_bytes: int) -> torch.Tensor:
 
 
 class Pickler(pickle.Pickler):
-    """Tensors that point into the buffer go as their place in it: the bytes themselves stay where they are."""
+    """Pickles tensors that point into the buffer as (offset, dtype, shape), without their bytes."""
 
     def __init__(self, file: io.BytesIO, host: torch.Tensor) -> None:
         super().__init__(file, protocol=5)
@@ -120,12 +121,14 @@ class Pickler(pickle.Pickler):
 
 
 class Unpickler(pickle.Unpickler):
+    """Restores such tensors as views into this process's mapping of the buffer."""
+
     def __init__(self, file: io.BytesIO, host: torch.Tensor) -> None:
         super().__init__(file)
         self._host = host
 
-    def persistent_load(self, place: Any) -> torch.Tensor:
-        offset, dtype, shape = place
+    def persistent_load(self, slot: Any) -> torch.Tensor:
+        offset, dtype, shape = slot
         return self._host[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
@@ -135,11 +138,11 @@ def pickled(packed: PackedModule) -> bytes:
     return file.getvalue()
 
 
-def received(answer: bytes, descriptor: int) -> PackedModule:
-    """The module as the other process packed it."""
+def received(reply: bytes, descriptor: int) -> PackedModule:
+    """The module as the subprocess packed it. Closes the descriptor."""
     host = mapped(descriptor, os.fstat(descriptor).st_size)
     os.close(descriptor)
-    loaded, layout = Unpickler(io.BytesIO(answer), host).load()
+    loaded, layout = Unpickler(io.BytesIO(reply), host).load()
     return PackedModule(loaded, layout, host)
 
 

@@ -1,11 +1,10 @@
-"""A module's parameters and buffers in one buffer: the host's, and on the device a copy of it, whole or in part."""
-# FROM pipelines.layout: Where each of a module's tensors lies in one buffer: what is in no block first, then block by block.
+"""Packs a module's parameters and buffers into one buffer in host memory, and copies it to the device in one piece."""
 
 import logging
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,15 +13,16 @@ from pipelines.residency.transfer import DeviceTransfer
 log = logging.getLogger("plantain.packing")
 
 ALIGNMENT_BYTES = 64
-"""Every tensor starts at a multiple of this: a cache line, and enough for any vector load."""
+"""Every tensor starts at a multiple of this: a cache line, which suffices for any vector load."""
 
 BLOCK_ALIGNMENT_BYTES = 512
-"""Every block does, as all that CUDA's allocator gives: wherever it is its tensors lie alike, and kernels run alike."""
+"""Every block starts at a multiple of this, as does all that CUDA's allocator returns: in any buffer its tensors have
+the same alignment, so that the same kernels run."""
 
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where a tensor lies in the buffer, and as what: a layer may have pointed it at something else meanwhile."""
+    """A tensor's offset, dtype and shape in the buffer. The tensor may point elsewhere for a while (fp8 upcasting)."""
 
     tensor: torch.Tensor
     offset: int
@@ -31,12 +31,12 @@ class TensorSlot:
 
     @property
     def end(self) -> int:
-        """Where the next tensor may start."""
+        """The offset at which the next tensor may start."""
         size_bytes = self.shape.numel() * self.dtype.itemsize
         return self.offset + -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
     def point(self, buffer: torch.Tensor, start: int = 0) -> None:
-        """Let the tensor be a view into `buffer`, which holds the bytes from `start` on."""
+        """Makes the tensor a view into `buffer`, which has the packed bytes from offset `start` on."""
         at = self.offset - start
         size_bytes = self.shape.numel() * self.dtype.itemsize
         self.tensor.data = buffer[at : at + size_bytes].view(self.dtype).view(self.shape)
@@ -47,7 +47,7 @@ TensorSlots = list[TensorSlot]
 
 @dataclass(frozen=True)
 class Block:
-    """One layer of several alike, which are run one after the other: the bytes `start` to `end` of the buffer."""
+    """One of several successive layers of the same kind: the bytes `start` to `end` of the buffer."""
 
     module: torch.nn.Module
     slots: TensorSlots
@@ -61,7 +61,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies outside of blocks comes first, then block by block in the order of their modules."""
+    """Where each tensor of a module is in the buffer: first those outside of blocks, then block by block, in order."""
 
     unblocked: TensorSlots
     unblocked_bytes: int
@@ -74,7 +74,7 @@ class Layout:
 
 
 def lay_out(module: torch.nn.Module) -> Layout:
-    """Where each parameter and buffer (the non-persistent too) goes. Tensors that several blocks share go outside."""
+    """Lays out all parameters and buffers, persistent or not. Tensors that blocks share go outside of blocks."""
     modules = dict(block_modules(module))
     homes: dict[tuple[Any, ...], str | None] = {}
     objects: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
@@ -103,7 +103,7 @@ def _place_tensors(
     offsets: dict[tuple[Any, ...], int],
     start: int,
 ) -> TensorSlots:
-    """The tensors at home in one block (or outside), one behind the other from `start` on; the same memory once."""
+    """Slots of the tensors of one block (None: outside of blocks), from `start` on. Shared memory gets one offset."""
     slots: TensorSlots = []
     for tensor, identity in objects.values():
         if homes[identity] == home:
@@ -120,20 +120,20 @@ def end_of(slots: TensorSlots, start: int) -> int:
 
 
 def tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers with every name they have, in the order of the modules: nearly that of execution."""
+    """Parameters and buffers under each of their names, in the order of the modules: nearly that of execution."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
 
 def block_modules(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The members of the outermost lists of modules."""
+    """The members of the outermost module lists, with their names."""
     for name, child in module.named_modules():
         if name and block_of(name + ".") == name:
             yield name, child
 
 
 def block_of(name: str) -> str | None:
-    """`blocks.3.norm.weight` -> `blocks.3`; None for what is in no list."""
+    """`blocks.3.norm.weight` -> `blocks.3`; None if the name is not in a list."""
     parts = name.split(".")
     for n, part in enumerate(parts[:-1]):
         if part.isdigit():
@@ -143,27 +143,36 @@ def block_of(name: str) -> str | None:
 
 @torch.inference_mode(False)
 def point(slots: TensorSlots, buffer: torch.Tensor, start: int = 0) -> None:
-    """Let all of them be views, alike whether within a run or before it: else compiled code takes them for others."""
+    """Makes all of them views into `buffer`. Not as inference tensors, for which torch.compile would compile again."""
     for slot in slots:
         slot.point(buffer, start)
 
 
-class PackedModule:
-    """A module whose parameters and buffers are views into one buffer: the host's, or a copy of it on the device.
+class DeviceCopy(Protocol):
+    """A module's weights on the device, in whole (`ResidentCopy`) or in part (`StreamedCopy`)."""
 
-    The module object outlives its weights' moves. Tensors that share memory (tied weights) go on sharing it.
+    @property
+    def size_bytes(self) -> int: ...
+
+    def release(self) -> None: ...
+
+
+class PackedModule:
+    """A module whose parameters and buffers are views into one buffer in host memory, or into a copy on the device.
+
+    The module object stays the same while its weights move. Tensors that share memory (tied weights) keep sharing it.
     """
 
     def __init__(self, loaded: torch.nn.Module, layout: Layout, host: torch.Tensor) -> None:
-        """Of a module that is packed already: its tensors point into `host`, as `layout` says."""
+        """For a module that is packed already: its tensors point into `host`, as in `layout`."""
         self.loaded, self.layout, self.host = loaded, layout, host
         self.page_locked = False
         self.kept_bytes: int | None = None
-        self._device_copy: Any = None
+        self._device_copy: DeviceCopy | None = None
 
     @classmethod
     def of(cls, module: torch.nn.Module, buffer: Callable[[int], torch.Tensor] | None = None) -> "PackedModule":
-        """Copy the module's tensors into one new buffer, made by `buffer` of so many bytes."""
+        """Copies the module's tensors into one new buffer, allocated by `buffer(size_bytes)`."""
         layout = lay_out(module)
         host = (buffer or host_buffer)(layout.total_bytes)
         for slot in layout.slots:
@@ -178,15 +187,15 @@ class PackedModule:
 
     @property
     def device_bytes(self) -> int:
-        """What it takes on the device now; where the host is the device, the host's copy."""
+        """Its bytes on the device now; on a CPU, the host buffer's."""
         return self._device_copy.size_bytes if self._device_copy else self.host.nbytes
 
     def fault_in_pages(self) -> None:
-        """Have every page of the host's buffer in this process's resident set, where another one has filled it."""
+        """Maps every page of the host buffer into this process, if another process has filled it."""
         self.host[:: mmap.PAGESIZE].sum()
 
     def page_lock(self, device: torch.device) -> None:
-        """Page-lock the host buffer, so that the device reads it at the link's full rate; slower where that fails."""
+        """Page-locks the host buffer, so that the device reads it at the full rate. If that fails, logs a warning."""
         if device.type != "cuda":
             return
         try:
@@ -195,24 +204,24 @@ class PackedModule:
         except RuntimeError as error:
             log.warning("%s of host memory could not be page-locked: %s", self.host.nbytes, error)
 
-    def attach(self, device_copy: "ResidentCopy | Any", kept_bytes: int | None = None) -> None:
-        """It is on the device now, whole, or streamed with so many bytes of blocks that stay."""
+    def attach(self, device_copy: "DeviceCopy", kept_bytes: int | None = None) -> None:
+        """Sets the copy on the device; for a streamed one, with the bytes of blocks that may stay there."""
         self._device_copy, self.kept_bytes = device_copy, kept_bytes
 
     def free_device(self) -> None:
-        """Free the device's copy; without one the host is the device, and the weights are gone."""
+        """Frees the copy on the device. Without one the host is the device, and the weights are freed."""
         if self._device_copy is None:
             self.free_host()
             return
         device_copy, self._device_copy, self.kept_bytes = self._device_copy, None, None
-        device_copy.leave()
+        device_copy.release()
         point(self.layout.slots, self.host)
         del device_copy
         if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # else small tensors move into the freed block, and it fits no component again
+            torch.cuda.empty_cache()  # else small tensors are placed in the freed block, which then fits no component
 
     def free_host(self) -> None:
-        """Free the host's copy. The module is of no use any more, whoever still has it."""
+        """Frees the host buffer. The module is unusable afterwards."""
         for slot in self.layout.slots:
             slot.tensor.data = torch.empty(0, dtype=slot.dtype)
         if self.page_locked:
@@ -221,17 +230,17 @@ class PackedModule:
 
 
 class ResidentCopy:
-    """All of a module on the device. Blocks arrive in the order of their runs: the first need not wait for the last."""
+    """A module's whole copy on the device. Hooks make each block wait for its own copy only, in order of execution."""
 
-    def __init__(self, packed: PackedModule, link: DeviceTransfer, buffer: torch.Tensor | None = None) -> None:
-        """`buffer` is on the device, as large as the host's."""
-        layout, host, self._link = packed.layout, packed.host, link
-        self._buffer = torch.empty_like(host, device=link.device) if buffer is None else buffer
-        link.wait_for_compute()
-        link.wait(link.copy(self._buffer[: layout.unblocked_bytes], host[: layout.unblocked_bytes]))
+    def __init__(self, packed: PackedModule, transfer: DeviceTransfer, buffer: torch.Tensor | None = None) -> None:
+        """`buffer` is on the device, as large as the host's; allocated here by default."""
+        layout, host, self._transfer = packed.layout, packed.host, transfer
+        self._buffer = torch.empty_like(host, device=transfer.device) if buffer is None else buffer
+        transfer.wait_for_compute()
+        transfer.wait(transfer.copy(self._buffer[: layout.unblocked_bytes], host[: layout.unblocked_bytes]))
         self._hooks = []
         for block in layout.blocks:
-            arrived = link.copy(self._buffer[block.start : block.end], host[block.start : block.end])
+            arrived = transfer.copy(self._buffer[block.start : block.end], host[block.start : block.end])
             if arrived is not None:
                 self._hooks.append(block.module.register_forward_pre_hook(self._wait_for(arrived), prepend=True))
         point(layout.slots, self._buffer)
@@ -240,16 +249,17 @@ class ResidentCopy:
     def size_bytes(self) -> int:
         return self._buffer.nbytes
 
-    def leave(self) -> None:
-        self._link.synchronize()
+    def release(self) -> None:
+        """Removes the hooks, so that the buffer can be freed once all copies have ended."""
+        self._transfer.synchronize()
         for hook in self._hooks:
             hook.remove()
 
     def _wait_for(self, arrived: Any) -> Any:
-        return lambda module, inputs: self._link.wait(arrived)
+        return lambda module, inputs: self._transfer.wait(arrived)
 
 
 def host_buffer(size_bytes: int) -> torch.Tensor:
-    """Bytes in pages of their own: they go back to the system when freed, and no two buffers share a locked page."""
+    """A buffer in pages of its own: they return to the system when freed, and no two buffers share a locked page."""
     pages = mmap.mmap(-1, max(size_bytes, ALIGNMENT_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The way from the host's memory to the device's: copies in order on a stream of their own, waited for by events."""
+"""Copies from host memory to the device: asynchronous, in order, on a CUDA stream of their own, with events."""
 
 import time
 from collections.abc import Callable
@@ -9,14 +9,14 @@ MEASURED_BYTES = 256 * 2**20
 
 
 class DeviceTransfer:
-    """Copies to one device. Without CUDA a copy is done when `copy` returns, and there is nothing to wait for."""
+    """Copies to one device. Without CUDA, `copy` returns once it is complete, and the other methods do nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> "torch.cuda.Event | None":
-        """Start a copy; what comes back is for `wait`."""
+        """Starts a copy. Returns its event, for `wait`."""
         if self._stream is None:
             to.copy_(source)
             return None
@@ -25,25 +25,25 @@ class DeviceTransfer:
             return self._stream.record_event()
 
     def wait(self, arrived: "torch.cuda.Event | None") -> None:
-        """Whatever is computed from here on waits for that copy."""
+        """Makes later computation wait for that copy."""
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
 
     def wait_for_compute(self) -> None:
-        """Copies from here on wait for what is computed up to here: it may still read the memory they write to."""
+        """Makes later copies wait for earlier computation, which may still read the memory that they overwrite."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def synchronize(self) -> None:
-        """Whatever is computed from here on waits for all copies; memory that they write to may then be freed."""
+        """Makes later computation wait for all copies. The memory that they write to may be freed after this call."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
 
 class BackgroundTransfer(DeviceTransfer):
-    """Copies beside a run that must not wait for them: one at a time, on a stream of its own, to its end.
+    """Copies for a prefetch beside a run: each one completes before `copy` returns, and the run waits for none.
 
-    `check` is asked before each one: it waits while the run moves weights itself, and raises to stop.
+    `check` is called before each copy: it blocks while the run moves weights itself, and raises to cancel.
     """
 
     def __init__(self, device: torch.device, check: Callable[[], None]) -> None:
@@ -57,7 +57,7 @@ class BackgroundTransfer(DeviceTransfer):
 
 
 def measured_bytes_per_s(device: torch.device) -> float | None:
-    """The link's rate from page-locked memory, best of three; None where the host is the device."""
+    """The transfer rate from page-locked memory to the device, best of three; None on a CPU."""
     if device.type != "cuda":
         return None
     source = torch.empty(MEASURED_BYTES, dtype=torch.uint8, pin_memory=True)

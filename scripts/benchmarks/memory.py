@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from pipelines.base import ExecutionMode, Peak, Weights
-from pipelines.catalog.catalog import Catalog, Working
+from pipelines.catalog.catalog import Working
+from pipelines.catalog.reader import load_catalog
 from pipelines.loading import quiet
 from pipelines.params import TextToImage, TextToVideo
 from pipelines.residency.residency import Residency
@@ -47,7 +48,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    catalog = Catalog.load()
+    catalog = load_catalog()
     print("model      tier      shape         phase     predicted   measured      again  learned / again")
     with tempfile.TemporaryDirectory() as folder:
         for subject in middle(Path(folder)) if given.middle else small(Path(folder)):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from pipelines import flux
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.params import TextToImage
 from pipelines.residency.residency import Residency
 from pipelines.weights.installed import Installed
@@ -28,7 +28,7 @@ def main() -> None:
     pairs = parser.parse_args().pairs
     with tempfile.TemporaryDirectory() as folder:
         settings = install_test_models(Path(folder))
-        model = Catalog.load(settings.weights_toml).models["flux-schnell"]
+        model = load_catalog(settings.weights_toml).models["flux-schnell"]
         weights = Installed(settings.weights).weights(model)
         assert weights
         pipeline = flux.build(weights, Residency("cpu"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipelines.base import ExecutionMode
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.params import ExtendVideo, ImageToImage, TextToImage, TextToVideo
 from pipelines.residency.residency import Residency
 from pipelines.weights.installed import Installed
@@ -45,7 +45,7 @@ class Demo:
     """A model's demo weights in the pipeline that the server runs them in, with the demo's own defaults."""
 
     def __init__(self, name: str, residency: Residency) -> None:
-        model = Catalog.load().find(name).demo
+        model = load_catalog().find(name).demo
         weights = Installed(Path(tempfile.mkdtemp())).weights(model) if model else None
         if model is None or weights is None:
             raise SystemExit(f"{name} has no demo weights")

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.catalog.catalog import Catalog, Model
 from pipelines.catalog.endpoints import Endpoint
+from pipelines.catalog.reader import load_catalog
 
 GIB = 2**30
 
@@ -170,4 +171,4 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    DOCS.write_text(page(Catalog.load()), "utf-8")
+    DOCS.write_text(page(load_catalog()), "utf-8")

@@ -10,6 +10,7 @@ from sqlite_utils import Database
 
 from pipelines.base import ExecutionMode
 from pipelines.catalog.catalog import WEIGHTS_TOML, Catalog, Model
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.installed import Installed
 from server.cli.common import Data, open_database, print_table
 from server.dispatch.records import FAL, read_devices, read_peaks
@@ -35,7 +36,7 @@ def devices(
     weights_toml: Annotated[Path, typer.Option("--weights-toml", envvar="PLANTAIN_WEIGHTS_TOML")] = WEIGHTS_TOML,
 ) -> None:
     """What each device has, when the server last looked: budgets, components, evictions, tries that ran out."""
-    users = ModelRegistry(Catalog.load(weights_toml), Installed(data / "weights")).users()
+    users = ModelRegistry(load_catalog(weights_toml), Installed(data / "weights")).users()
     with open_database(data) as db:
         states = [
             {**with_models(state, users), "oomAttempts": oom_attempts(db, state["id"])} for state in read_devices(db)

@@ -17,6 +17,7 @@ from sqlite_utils import Database
 
 from pipelines.base import UnusableWeights
 from pipelines.catalog.catalog import WEIGHTS_TOML, Catalog, Model
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.installed import Installed, Status
 from server.db.backup import missing
 from server.db.database import DatabaseUnusable, explain_database_error, refuse_newer
@@ -102,7 +103,7 @@ def doctor(
     from rich.console import Console
 
     settings = Settings(**{**from_environment(), **({"data": data} if data else {})})  # type: ignore[arg-type]
-    catalog = Catalog.load(weights_toml)
+    catalog = load_catalog(weights_toml)
     findings = [*examine(settings, catalog, inventory(settings.budget_bytes))]
     console = Console(highlight=False, soft_wrap=True)
     for finding in findings:

@@ -15,7 +15,7 @@ import uvicorn
 from rich.console import Console
 
 from pipelines.base import UnusableWeights
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.errors import PullError
 from pipelines.weights.pull import installed
 from server import services
@@ -116,7 +116,7 @@ def _make(settings: Settings) -> services.Services:
 
 def _fetch_starter(settings: Settings) -> None:
     """Once: the small models that make a new server useful. Without them it serves what else there is, and says so."""
-    catalog = Catalog.load(settings.weights_toml)
+    catalog = load_catalog(settings.weights_toml)
     missing = [catalog.find(name) for name in catalog.starter if not installed(catalog.find(name), settings.weights)]
     try:
         if missing:

@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import TaskID
 from pipelines.catalog.catalog import WEIGHTS_TOML, Catalog, Model, UnknownModel
+from pipelines.catalog.reader import load_catalog
 from pipelines.catalog.table import CatalogError
 from pipelines.weights.errors import PullError
 from pipelines.weights.importer import import_folder
@@ -53,7 +54,7 @@ def pull_models(
 ) -> None:
     """Fetch a model's weights, check them, and record them."""
     with report_errors():
-        catalog = Catalog.load(weights_toml)
+        catalog = load_catalog(weights_toml)
         asked = [catalog.find_weights(name) for name in [*(names or []), *(catalog.starter if starter else ())]]
         wanted = [each for model in asked for each in (model.base, model) if each]
         if not wanted:
@@ -87,7 +88,7 @@ def verify_models(data: DataFolder = DEFAULT_DATA, weights_toml: WeightsToml = W
 
     with report_errors():
         problems = verify(data / "weights", show)
-        demo_problems = verify_demo(Catalog.load(weights_toml), show)
+        demo_problems = verify_demo(load_catalog(weights_toml), show)
     for problem in problems:
         typer.echo(f"{problem.model}: {problem.file}: {problem.what} is wrong. Pull {problem.model} again.")
     for problem in demo_problems:
@@ -106,7 +107,7 @@ def import_(
 ) -> None:
     """Take weights from a disk, with no network."""
     with report_errors(), progress_bars() as on_progress:
-        catalog = Catalog.load(weights_toml)
+        catalog = load_catalog(weights_toml)
         names = import_folder(
             folder,
             data / "weights",
@@ -127,7 +128,7 @@ def models(
 ) -> None:
     """List the models: where they run, and whether their weights are installed."""
     with report_errors():
-        catalog, here = Catalog.load(weights_toml), Installed(data / "weights", demo)
+        catalog, here = load_catalog(weights_toml), Installed(data / "weights", demo)
         if memory:
             show_memory(catalog, here, data, as_json)
             return

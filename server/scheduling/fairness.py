@@ -69,26 +69,17 @@ class CompletedRun:
 class FairShareAccounting:
     """`shares` is what `plan()` reads."""
 
-    def __init__(self) -> None:
-        self.shares = Shares()
+    def __init__(self, shares: Shares | None = None, running: Mapping[str, int] | None = None) -> None:
+        self.shares = shares or Shares()
         self._waiting: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        self._running: Counter[str] = Counter()
+        self._running: Counter[str] = Counter(running)
 
     def copied(self, waiting: Iterable[WaitingJob]) -> "FairShareAccounting":
-        """As the books stand now, with only these waiting: for looking ahead."""
-        turns = FairShareAccounting()
-        turns.shares, turns._running = self.shares, Counter(self._running)
+        """A copy in which only these jobs wait: for simulations."""
+        copy = FairShareAccounting(self.shares, self._running)
         for job in waiting:
-            turns._waiting[job.user_id][job.job_id] = None
-        return turns
-
-    def with_one_more(self, job: WaitingJob) -> "FairShareAccounting":
-        """The books if this job came now."""
-        turns = FairShareAccounting()
-        turns.shares, turns._running = self.shares, Counter(self._running)
-        if job.user_id not in self._active():
-            turns.shares = activate(self.shares, job.user_id)
-        return turns
+            copy._waiting[job.user_id][job.job_id] = None
+        return copy
 
     def waiting(self, user_id: str) -> int:
         """How many of the user's jobs wait."""

@@ -36,9 +36,14 @@ def forecast(
     """By job. `free_at` has every device that runs, or soon will; others take no jobs."""
     near = within_horizon(waiting)
     boxes = {device.id: replace(device, idle=False) for device in devices if device.id in free_at}
-    world = Simulation(partial(plan, policy=policy), boxes, now=now, busy_until=dict(free_at))
-    world.turns = turns.copied(near)
-    world.waiting = {job.job_id: job for job in near}
+    world = Simulation(
+        partial(plan, policy=policy),
+        boxes,
+        now=now,
+        busy_until=dict(free_at),
+        turns=turns.copied(near),
+        waiting={job.job_id: job for job in near},
+    )
     runs = world.live([])
     places = {run.job.job_id: QueuePosition(index, run.starts_at, run.device) for index, run in enumerate(runs, 1)}
     return places | dict(beyond_horizon(waiting, places, world.busy_until_then(), len(boxes)))

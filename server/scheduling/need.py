@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pipelines.base import TIERS, Component, ExecutionMode, Weights
+from pipelines.base import STREAMING_SLOTS, TIERS, Component, ExecutionMode, Weights
 from pipelines.catalog.catalog import PhaseWorking, Working
 
 WHOLE = tuple(ExecutionMode(tier) for tier in TIERS)
 TILED = tuple(ExecutionMode(tier, tiled=True) for tier in TIERS)
-SLOTS = 2
-"""Buffers that streamed blocks pass through: one is computed with while the next one comes in."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Need:
     def least_bytes(self, key: str) -> int:
         """A streamed component's bytes on the device: what lies outside its blocks, and the slots."""
         blocks = dict(self.blocks)[key]
-        return self.sizes[key] - sum(blocks) + SLOTS * max(blocks)
+        return self.sizes[key] - sum(blocks) + STREAMING_SLOTS * max(blocks)
 
     def streamed_key(self, phase: Phase) -> str | None:
         """The phase's largest component, if streaming makes it smaller."""

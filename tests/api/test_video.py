@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.pull import pull
 from server.files.store import FileStore
 from server.settings import Settings
@@ -91,7 +91,7 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer
         )
     (folder / "weights.toml").write_text(text)
     settings = Settings(data=folder / "data", weights_toml=folder / "weights.toml")
-    for model in Catalog.load(settings.weights_toml).models.values():
+    for model in load_catalog(settings.weights_toml).models.values():
         if model.weights and model.weights.kind == "path":
             pull(model, settings.weights)
     with running(settings) as server:

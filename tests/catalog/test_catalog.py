@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.catalog.catalog import Catalog, Credits, Frames, Model, PhaseWorking, Retired, UnknownModel
+from pipelines.catalog.reader import load_catalog
 from pipelines.catalog.table import CatalogError
 
 PROMISED = [
@@ -41,12 +42,12 @@ weights = { source = "hf", repo = "some/one" }
 
 @pytest.fixture(scope="module")
 def catalog() -> Catalog:
-    return Catalog.load()
+    return load_catalog()
 
 
 def read(tmp_path: Path, text: str) -> Catalog:
     (tmp_path / "weights.toml").write_text(text)
-    return Catalog.load(tmp_path / "weights.toml")
+    return load_catalog(tmp_path / "weights.toml")
 
 
 def refused(tmp_path: Path, text: str) -> str:
@@ -207,4 +208,4 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, error: str):
 
 def test_a_file_that_is_not_there(tmp_path: Path):
     with pytest.raises(CatalogError, match="No such file"):
-        Catalog.load(tmp_path / "none.toml")
+        load_catalog(tmp_path / "none.toml")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from server.cli import app
 from server.cli.doctor import Finding, examine
 from server.settings import Settings
@@ -17,7 +17,7 @@ GPU = DeviceSpec("GPU-1", "H200", "cuda", 140 * 2**30, 135 * 2**30)
 
 
 def findings(subject: str, settings: Settings, *devices: DeviceSpec) -> list[Finding]:
-    found = examine(settings, Catalog.load(), [*devices] or [CPU])
+    found = examine(settings, load_catalog(), [*devices] or [CPU])
     return [finding for finding in found if finding.subject == subject]
 
 
@@ -35,7 +35,7 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path):
 
 def test_weights_and_their_terms(tmp_path: Path):
     found = {finding.text.split()[0]: finding for finding in findings("weights", Settings(tmp_path, demo=False))}
-    catalog = Catalog.load()
+    catalog = load_catalog()
     assert found.keys() == {model.id for model in catalog.models.values() if model.weights}
     assert found["flux-dev"].text == (
         "flux-dev is missing: plantain pull flux-dev (not for commercial use; its page asks for a login, set HF_TOKEN)"
@@ -44,7 +44,7 @@ def test_weights_and_their_terms(tmp_path: Path):
 
 def test_what_is_compiled_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "weights.toml").write_text(table("fast", tmp_path, "compiled = true") + table("plain", tmp_path))
-    catalog = Catalog.load(tmp_path / "weights.toml")
+    catalog = load_catalog(tmp_path / "weights.toml")
     monkeypatch.delenv("CC", raising=False)
     for path, said in [(str(tmp_path), ["fast"]), (str(tmp_path / "with"), [])]:
         if not said:

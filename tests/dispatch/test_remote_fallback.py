@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from server.accounts import ledger, users
 from server.db.database import Database
 from server.dispatch.records import mode_named, read_failed_modes, record_attempt
@@ -118,7 +119,7 @@ def test_what_fal_refuses_is_refunded_once(live_server: LiveServer, fal: FakeFal
 
 @pytest.mark.parametrize("forbidden", [{"offline": True}, {"route": "local-only"}, {"fal_key": None}])
 def test_nothing_leaves_the_machine_where_the_operator_forbids_it(settings: Settings, forbidden: dict[str, Any]):
-    model = Catalog.load(settings.weights_toml).models["hungry-dev"]
+    model = load_catalog(settings.weights_toml).models["hungry-dev"]
 
     def may(settings: Settings) -> bool:
         desk = build_remote(settings, Catalog({}), FileStore(settings.files), lambda: NOW)

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.base import Component, ExecutionMode
-from pipelines.catalog.catalog import Catalog, UnknownModel
+from pipelines.catalog.catalog import UnknownModel
+from pipelines.catalog.reader import load_catalog
 from pipelines.catalog.table import CatalogError
 from pipelines.params import TextToImage
 from pipelines.weights.importer import import_folder
@@ -98,7 +99,7 @@ def test_a_remote_model_takes_none(live_server: LiveServer):
 
 
 def test_its_bytes_are_needed_besides(installed_models: Settings):
-    shelf = ModelRegistry(Catalog.load(installed_models.weights_toml), Installed(installed_models.weights))
+    shelf = ModelRegistry(load_catalog(installed_models.weights_toml), Installed(installed_models.weights))
     plain = shelf.runnable("flux-dev", 4096, {"loras": []})
     worn = shelf.runnable("flux-dev", 4096, {"loras": [SKETCH]})
     lora = worn.loras["sketch"]
@@ -143,7 +144,7 @@ def catalog(tmp_path: Path, lora: str, quantised: str = "") -> Path:
 
 
 def test_a_lora_is_read_as_a_part_of_its_model(tmp_path: Path):
-    found = Catalog.load(catalog(tmp_path, 'source = "path"\npath = "ink.safetensors"'))
+    found = load_catalog(catalog(tmp_path, 'source = "path"\npath = "ink.safetensors"'))
     ink = found.models["one"].loras["Ink-1.0"]
     assert (ink.id, ink.licence, ink.workflows, list(found.models)) == ("one+Ink-1.0", "MIT", (), ["one"])
     assert found.find_weights("UNO+ink-1.0") == ink
@@ -166,7 +167,7 @@ def test_a_lora_is_read_as_a_part_of_its_model(tmp_path: Path):
 )
 def test_a_lora_that_cannot_be_meant_is_refused(tmp_path: Path, lora: str, quantised: str, says: str):
     with pytest.raises(CatalogError, match=says):
-        Catalog.load(catalog(tmp_path, lora, quantised))
+        load_catalog(catalog(tmp_path, lora, quantised))
 
 
 def test_a_lora_is_pulled_by_name_and_carried_to_another_machine(tmp_path: Path):
@@ -180,7 +181,7 @@ def test_a_lora_is_pulled_by_name_and_carried_to_another_machine(tmp_path: Path)
     assert entry.files["ink.safetensors"].size_bytes == file.stat().st_size
     assert len(entry.files["ink.safetensors"].sha256) == 64
 
-    found = Catalog.load(toml)
+    found = load_catalog(toml)
     assert import_folder(data, tmp_path / "other" / "weights", found) == ["one+Ink-1.0"]
     lora = found.models["one"].loras["Ink-1.0"]
     here = Installed(tmp_path / "other" / "weights").weights(lora)

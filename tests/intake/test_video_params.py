@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.params import GenerateVideo
 from server.errors import BadRequest
 from server.files.inputs import StoredImage
 from server.intake.params import InputVideo, resolve
 
-CATALOG = Catalog.load()
+CATALOG = load_catalog()
 LONG = InputVideo("v.mp4", 1920, 1080, 29.97, 60.0)
 WAN_LENGTHS = [round(frames / 16, 3) for frames in range(5, 82, 4)]
 WAN, LTX = "wan-2.1-vace-14b", "ltx-video"

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from pipelines.base import Component, ExecutionMode
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.flux import build
 from pipelines.loading import load_component
 from pipelines.params import TextToImage
@@ -165,7 +165,7 @@ weights = { source = "path", path = "FOLDER" }
 """
     text = "".join(table.replace("NAME", name) for name in ("plain", "small")).replace("FOLDER", str(folders["flux"]))
     (tmp_path / "weights.toml").write_text(text + 'quantisation = "fp8-layerwise"\n')
-    catalog = Catalog.load(tmp_path / "weights.toml")
+    catalog = load_catalog(tmp_path / "weights.toml")
     for model in catalog.models.values():
         pull(model, tmp_path / "weights")
     installed = Installed(tmp_path / "weights")

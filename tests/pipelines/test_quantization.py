@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from pipelines.base import ExecutionMode, UnusableWeights, Weights
 from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.catalog.table import CatalogError
 from pipelines.flux import build
 from pipelines.loading import load_component
@@ -71,7 +72,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Catalog, Installed]
     for name, file in files.items():
         text += table(name, file, f'quantisation = "gguf"\nbase = "{GGUF_OF[name]}"', GGUF_OF[name])
     (root / "weights.toml").write_text(text)
-    catalog = Catalog.load(root / "weights.toml")
+    catalog = load_catalog(root / "weights.toml")
     for model in catalog.models.values():
         pull(model, root / "weights")
     return catalog, Installed(root / "weights")
@@ -196,7 +197,7 @@ def test_a_gguf_file_that_lacks_a_tensor_or_was_replaced_is_not_used(shelf: tupl
     toml = tmp_path / "weights.toml"
     folder = weights_of(shelf, "flux").folder
     toml.write_text(table("flux", folder) + table("less", file, 'quantisation = "gguf"\nbase = "flux"'))
-    for model in (made := Catalog.load(toml)).models.values():
+    for model in (made := load_catalog(toml)).models.values():
         pull(model, tmp_path / "weights")
     component = weights_of((made, Installed(tmp_path / "weights")), "less").component("transformer")
     with pytest.raises(UnusableWeights):
@@ -233,7 +234,7 @@ def test_a_gguf_file_is_taken_only_where_it_is_named():
 def test_a_table_that_cannot_be_meant_is_refused(tmp_path: Path, more: str, says: str):
     (tmp_path / "weights.toml").write_text(table("flux", tmp_path) + table("x", tmp_path, more))
     with pytest.raises(CatalogError, match=says):
-        Catalog.load(tmp_path / "weights.toml")
+        load_catalog(tmp_path / "weights.toml")
 
 
 # The header of a GGUF file

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from tests.support import fal_expected
 from tests.support.fal import KEY, FakeFal
 from tests.support.fal_expected import CASES, Case
 from tests.support.fal_server import FILM, PICTURE, VOICE, RemoteHouse, Street, data_url, picture
 
-CATALOG = Catalog.load()
+CATALOG = load_catalog()
 INPUTS = {
     fal_expected.IMAGE: data_url(PICTURE, "image/png"),
     fal_expected.VIDEO: data_url(FILM, "video/mp4"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.pull import pull
 from tests.support.fal import FakeFal
 from tests.support.fal_server import RemoteHouse, Street, picture
@@ -52,7 +52,7 @@ def street(fal: FakeFal, tmp_path: Path) -> Street:
     part.write_bytes(tiny_safetensors())
     toml.write_text(CATALOG.replace("PART", str(part)))
     street = Street(tmp_path / "data", fal, options={"weights_toml": toml})
-    for model in Catalog.load(toml).models.values():
+    for model in load_catalog(toml).models.values():
         pull(model, street.settings().weights)
     return street
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.pull import pull
 from server import services
 from server.accounts import keys, ledger, users
@@ -65,7 +65,10 @@ remove-bg = "cut"
 
 
 class InstantWorker:
-    """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once."""
+    """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once.
+
+    A job `only WAY` runs out of memory in every other way.
+    """
 
     def __init__(self, device: DeviceSpec, families: Any, on_event: Callable[[str, Any], None]) -> None:
         self.device, self.on_event = device, on_event
@@ -95,6 +98,8 @@ class InstantWorker:
         word, _, code = str(run.params.get("prompt", "")).partition(" ")
         if word == "fail":
             return self.emit(Failed(run.job_id, code, "It broke."))
+        if word == "only" and run.way.name != code:
+            return self.emit(Failed(run.job_id, "OUT_OF_MEMORY", "The device ran out of memory."))
         run.output.write_bytes(PNG)
         return self.emit(Succeeded(run.job_id, 64, 64, 0.5))
 
@@ -192,16 +197,18 @@ def install_test_models(folder: Path) -> Settings:
     toml = folder / "weights.toml"
     toml.write_text(DEFAULTS + "".join(texts))
     settings = Settings(data=folder / "data", weights_toml=toml)
-    for model in Catalog.load(toml).models.values():
+    for model in load_catalog(toml).models.values():
         pull(model, settings.weights)
     return settings
 
 
 @asynccontextmanager
-async def serve_app(settings: Settings, clock: Clock | None = None) -> AsyncIterator[InProcessApp]:
+async def serve_app(
+    settings: Settings, clock: Clock | None = None, device: DeviceSpec = CPU
+) -> AsyncIterator[InProcessApp]:
     """Serve `settings` in this event loop until the block ends."""
     clock = clock or Clock()
-    made = services.build_services(settings, [CPU], clock, spawn=InstantWorker)  # type: ignore[arg-type]
+    made = services.build_services(settings, [device], clock, spawn=InstantWorker)  # type: ignore[arg-type]
     app = InProcessApp(made, clock)
     await made.start()
     await app.settle()

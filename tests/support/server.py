@@ -16,7 +16,7 @@ import httpx
 import uvicorn
 from PIL import Image
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.pull import pull
 from server import services
 from server.accounts import users
@@ -29,7 +29,7 @@ from tests.support.tiny import lora as tiny_lora
 
 GENERATE = "/api/image/fal/generate"
 CPU = DeviceSpec("cpu", "CPU", "cpu", 8 * 2**30, 6 * 2**30)
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 CATALOG = """
 [default_models]
@@ -191,7 +191,7 @@ def install_test_models(folder: Path) -> Settings:
     toml = folder / "weights.toml"
     toml.write_text(text)
     settings = Settings(data=folder / "data", weights_toml=toml)
-    for model in Catalog.load(toml).with_loras.values():
+    for model in load_catalog(toml).with_loras.values():
         if model.weights and model.weights.kind == "path":
             pull(model, settings.weights)
     return settings

@@ -8,6 +8,7 @@ import pytest
 
 from pipelines.base import Weights
 from pipelines.catalog.catalog import Catalog, Model, Source
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.errors import HashMismatch, LicenceNotAccepted, NotFound, NothingToPull, PullError
 from pipelines.weights.importer import import_folder
 from pipelines.weights.installed import Installed
@@ -189,6 +190,6 @@ def test_import_takes_a_plain_folder_for_a_named_model(tmp_path: Path):
 
 def test_import_of_a_single_file_checks_the_hash_that_the_catalogue_pins(tmp_path: Path):
     write_folder(tmp_path, {"any-name.onnx": b"\x08\x07other"})
-    pinned = a_model("u2netp", Catalog.load().find("u2netp").weights)
+    pinned = a_model("u2netp", load_catalog().find("u2netp").weights)
     with pytest.raises(HashMismatch, match=r"u2netp\.onnx"):
         import_folder(tmp_path / "any-name.onnx", tmp_path / "here", Catalog({}), model=pinned)

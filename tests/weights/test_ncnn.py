@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from pipelines.catalog.catalog import Catalog
+from pipelines.catalog.reader import load_catalog
 from pipelines.weights.installed import Installed
 from pipelines.weights.ncnn import FP16, FP32, convert, rrdb_names
 from pipelines.weights.pull import pull
@@ -71,7 +71,7 @@ def test_a_photo_enlarged_and_reduced_again_is_the_photo(name: str, tmp_path: Pa
     from skimage.data import chelsea
     from spandrel import ModelLoader
 
-    model = Catalog.load().find(name)
+    model = load_catalog().find(name)
     root = HERE if Installed(HERE).weights(model) else tmp_path
     pull(model, root)
     network = ModelLoader().load_from_file(root / name / f"{name}.safetensors")

@@ -125,7 +125,7 @@ def test_a_process_that_was_killed_is_told_and_another_one_is_started(apart: Loa
     weights = tiny_flux.weights_of(folder)
     apart.load(weights, weights.component("vae"), CPU)
     os.kill(apart.pid or 0, signal.SIGKILL)
-    with pytest.raises(LoaderProcessError, match="has ended"):
+    with pytest.raises(LoaderProcessError, match="has exited"):
         apart.load(weights, weights.component("vae"), CPU)
     assert apart.load(weights, weights.component("vae"), CPU).weights_bytes
 
