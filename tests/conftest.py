@@ -9,8 +9,8 @@ import pytest
 
 if TYPE_CHECKING:  # pytest-xdist's controller loads this file too: it is up at once without torch
     from server.settings import Settings
-    from tests.support.server import LiveServer
     from tests.support.fal import FakeFal
+    from tests.support.server import LiveServer
 
 
 @pytest.fixture(scope="session")
