@@ -168,7 +168,7 @@ class InProcessApp:
 
     def add_key(self, user_id: str, **options: Any) -> ApiUser:
         with self.store.database.atomic() as db:
-            key = keys.create_key(db, user_id, "test", self.clock(), **options)
+            _, key = keys.create_key(db, user_id, "test", self.clock(), **options)
         return ApiUser(user_id, key, self.client(key))
 
     def owner(self) -> ApiUser:

@@ -249,7 +249,7 @@ def a_key(made: Services) -> str:
     from server.accounts import keys
 
     user = users.user_by_email(made.database.db, "owner@localhost")
-    return keys.create_key(made.database.db, user, "test", time.time())
+    return keys.create_key(made.database.db, user, "test", time.time())[1]
 
 
 def data_url(image: Image.Image, kind: str = "png") -> str:
