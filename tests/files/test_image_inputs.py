@@ -268,7 +268,7 @@ async def test_a_cancelled_request_leaves_nothing(web, media):
         await asyncio.sleep(1)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(media.image, web.page("/", stalls), [])
+        group.start_soon(media.from_url, IMAGE, web.page("/", stalls), [])
         await arrived.wait()
         group.cancel_scope.cancel()
     assert list(media.files.root.iterdir()) == []
