@@ -106,8 +106,8 @@ def test_the_bytes_foreseen_from_the_headers_are_those_of_the_loaded_tensors(
     assert len(component.block_bytes) == len(layout.blocks) > 1
     foreseen = sorted(component.block_bytes)
     for size, block in zip(foreseen, sorted(layout.blocks, key=lambda each: each.size_bytes), strict=True):
-        assert 0 <= block.size_bytes - size < ALIGNMENT_BYTES * len(block.places)
-    slack = ALIGNMENT_BYTES * len(layout.places) + BLOCK_ALIGNMENT_BYTES * len(layout.blocks)
+        assert 0 <= block.size_bytes - size < ALIGNMENT_BYTES * len(block.slots)
+    slack = ALIGNMENT_BYTES * len(layout.slots) + BLOCK_ALIGNMENT_BYTES * len(layout.blocks)
     unsaved = sum(each.nbytes for each in module.buffers())
     assert 0 <= layout.total_bytes - component.weights_bytes <= slack + unsaved
 
