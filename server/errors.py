@@ -1,4 +1,4 @@
-"""One tree of everything that can go wrong for a caller. One handler turns it into the one JSON envelope."""
+"""The exception tree of errors that a caller sees. `server.api.errors` turns them into JSON."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -8,7 +8,7 @@ REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-re
 
 
 class PlantainError(Exception):
-    """`message` is for a person, `code` for a program; `extra` are further JSON members, in camelCase."""
+    """`message` is for people, `code` for programs; `extra` are further JSON members, in camelCase."""
 
     status: int = 500
     code: str = "INTERNAL_ERROR"
@@ -22,22 +22,8 @@ class PlantainError(Exception):
         self.extra = extra
         self.headers: dict[str, str] = {**self.default_headers, **(headers or {})}
 
-    def body(self, request_id: str) -> dict[str, Any]:
-        """The envelope: a string in `error` for clients of the hosted service, and valid RFC 9457 besides."""
-        return {
-            "error": self.message,
-            "code": self.code,
-            "message": self.message,
-            "type": self.type,
-            "title": self.title,
-            "status": self.status,
-            "detail": self.message,
-            "requestId": request_id,
-            **self.extra,
-        }
 
-
-# 400: what was sent cannot be used.
+# 400: the request cannot be used.
 
 
 class BadRequest(PlantainError):
@@ -116,7 +102,7 @@ class Forbidden(PlantainError):
 
 
 class InvalidOrigin(Forbidden):
-    """A cookie came along from another site's page."""
+    """A page of another site sent a session cookie."""
 
     code, title = "INVALID_ORIGIN", "Invalid origin"
 
@@ -126,12 +112,12 @@ class UserBanned(Forbidden):
 
 
 class ScopeRequired(Forbidden):
-    """With `scope` and `scopes`: what is needed, and what the caller has."""
+    """With `scope`, which is required, and `scopes`, which the caller has."""
 
     code, title = "SCOPE_REQUIRED", "Scope required"
 
 
-# 402, 404 to 415: the request as such.
+# 402, 404 to 422: the request cannot be served.
 
 
 class InsufficientCredits(PlantainError):
@@ -176,7 +162,7 @@ class IdempotencyKeyReused(PlantainError):
     status, code, title = 422, "IDEMPOTENCY_KEY_REUSED", "Idempotency-Key reused"
 
 
-# 429: too much at a time.
+# 429: limits.
 
 
 class RateLimited(PlantainError):
@@ -194,12 +180,12 @@ class ConcurrencyLimit(PlantainError):
 
 
 class UsageExceeded(RateLimited):
-    """An API key that was made for so many calls has made them."""
+    """An API key with a fixed number of calls has no calls left."""
 
     code, title = "USAGE_EXCEEDED", "Usage exceeded"
 
 
-# 5xx: our side.
+# 5xx: the server.
 
 
 class InternalError(PlantainError):
@@ -234,7 +220,7 @@ class QueueFull(Unavailable):
 
 
 class ModelNotInstalled(Unavailable):
-    """Retrying does not help, so the type stays `about:blank`; the message names the command that installs it."""
+    """The type stays `about:blank`, since retrying does not help. The message names the command that installs it."""
 
     code, title, type = "MODEL_NOT_INSTALLED", "Model not installed", "about:blank"
 
@@ -256,11 +242,11 @@ class StorageFull(PlantainError):
 
 
 def from_code(code: str, default: type[PlantainError]) -> type[PlantainError]:
-    """The class that a stored code stands for."""
-    return next((cls for cls in _tree(PlantainError) if cls.code == code), default)
+    """The class of an error code that was stored."""
+    return next((cls for cls in _subclasses(PlantainError) if cls.code == code), default)
 
 
-def _tree(cls: type[PlantainError]) -> Iterator[type[PlantainError]]:
+def _subclasses(cls: type[PlantainError]) -> Iterator[type[PlantainError]]:
     for sub in cls.__subclasses__():
         yield sub
-        yield from _tree(sub)
+        yield from _subclasses(sub)

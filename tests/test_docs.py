@@ -19,7 +19,7 @@ DOCS = {path.name: path.read_text() for path in (PROJECT / "docs").glob("*.md")}
 
 def test_every_setting_is_in_the_docs_and_can_be_set_by_the_environment():
     for field in fields(Settings):
-        assert f"`PLANTAIN_{field.name.upper()}`" in DOCS["settings.md"], field.name
+        assert f"`PLANTAIN_{field.name.upper()}`" in DOCS["configuration.md"], field.name
 
 
 def test_settings_are_read_from_the_environment():

@@ -1,1 +1,1 @@
-"""Users, API keys, plans, limits, credits and usage, as functions on an open transaction."""
+"""Users, API keys, plans, limits, credits and usage: functions on the connection, in the caller's transaction."""

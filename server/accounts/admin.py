@@ -1,7 +1,7 @@
-"""What an admin does to accounts, over HTTP and at the command line alike. Each act is part of its caller's
-transaction, and is written into the audit log there.
+"""Admin actions on accounts, for the HTTP API and the command line, and the append-only audit log.
+
+Each action is part of its caller's transaction and writes its audit log entry there.
 """
-# FROM server.audit: What admins did: an append-only log, written in the transaction of the act itself.
 
 import json
 import sqlite3
@@ -17,21 +17,12 @@ from server.errors import Conflict
 from server.timestamps import iso, iso_or_none
 
 OWNER_CREDITS = 100_000
-"""What the owner starts with: on one's own machine credits count use, they do not ration it."""
-
-
-def create_owner(db: Database, now: float) -> str | None:
-    """On a database without users, make the first one: an admin. Returns their API key, which is shown once."""
-    if db.table("user").count:
-        return None
-    user_id = users.create_user(db, "owner", "owner@localhost", now, role="admin", plan="studio")
-    ledger.grant(db, user_id, OWNER_CREDITS, "owner", now)
-    return keys.create_key(db, user_id, "first start", now)
+"""The owner's first balance: on one's own machine credits measure use, they do not ration it."""
 
 
 @dataclass(frozen=True)
 class Actor:
-    """Who acts: an admin over HTTP, or with neither id whoever sits at the server's command line."""
+    """Who acts: an admin over HTTP; without ids, the operator at the server's command line."""
 
     user_id: str | None = None
     key_id: str | None = None
@@ -44,74 +35,68 @@ class Actor:
 COMMAND_LINE = Actor()
 
 
-def record(db: Database, actor: Actor, act: str, subject: str, now: float, **detail: Any) -> None:
-    """`act` is such as `users.ban`, `subject` the id it was done to. Never anything secret in `detail`."""
-    db.execute(
-        "INSERT INTO audit (actor_id, actor_key_id, act, subject, detail, created_at) VALUES (?, ?, ?, ?, ?, ?)",
-        [actor.user_id, actor.key_id, act, subject, json.dumps(detail), now],
-    )
-
-
-def entries(db: Database, before: int | None, limit: int) -> list[dict[str, Any]]:
-    """Newest first, with ids under `before`. `actor` is an e-mail address, or `command line`."""
-    return list(
-        db.query(
-            "SELECT audit.*, coalesce(email, 'command line') AS actor FROM audit LEFT JOIN user ON user.id = actor_id"
-            " WHERE audit.id < ? ORDER BY audit.id DESC LIMIT ?",
-            [before or 2**62, limit],
-        )
-    )
-
-
 @dataclass(frozen=True)
 class AdminContext:
-    """Who acts, and when."""
+    """Who acts, when, and the connection to act on."""
 
     db: Database
     actor: Actor
     now: float
 
-    def note(self, act: str, subject: str, **detail: Any) -> None:
-        record(self.db, self.actor, act, subject, self.now, **detail)
+    def record(self, action: str, subject: str, **detail: Any) -> None:
+        """Writes an audit log entry. `action` is such as `users.ban`, `subject` the id acted on; `detail` no secret."""
+        self.db.execute(
+            "INSERT INTO audit (actor_id, actor_key_id, act, subject, detail, created_at) VALUES (?, ?, ?, ?, ?, ?)",
+            [self.actor.user_id, self.actor.key_id, action, subject, json.dumps(detail), self.now],
+        )
+
+
+def create_owner(db: Database, now: float) -> str | None:
+    """Creates the first user, an admin, in a database without users. Returns their API key, which is shown once."""
+    if db.table("user").count:
+        return None
+    user_id = users.create_user(db, "owner", "owner@localhost", now, role="admin", plan="studio")
+    ledger.grant(db, user_id, OWNER_CREDITS, "owner", now)
+    return keys.create_key(db, user_id, "first start", now)[1]
 
 
 def create_user(ctx: AdminContext, email: str, name: str, *, plan: str, role: str = "user") -> str:
-    """Returns the id. Raises Conflict for an address that is taken."""
+    """Returns the id. Raises Conflict if the address is taken."""
     try:
         user_id = users.create_user(ctx.db, name or email, email, ctx.now, role=role, plan=plan)
     except sqlite3.IntegrityError:
         raise Conflict(f"There is a user with the address {email!r} already.") from None
-    ctx.note("users.create", user_id, email=email.lower(), plan=plan, role=role)
+    ctx.record("users.create", user_id, email=email.lower(), plan=plan, role=role)
     return user_id
 
 
 def change_user(ctx: AdminContext, user_id: str, **changes: str) -> None:
-    """`name`, `plan`, `role`. Raises NotFound; Conflict if nobody would be left to run the server."""
+    """`name`, `plan`, `role`. Raises NotFound; Conflict if no admin would be left."""
     before = users.user(ctx.db, user_id)
     ctx.db.table("user").update(user_id, {**changes, "updatedAt": iso(ctx.now)})
     _check_admins(ctx.db)
-    ctx.note("users.change", user_id, before={column: before[column] for column in changes}, after=changes)
+    ctx.record("users.change", user_id, before={column: before[column] for column in changes}, after=changes)
 
 
 def ban(ctx: AdminContext, user_id: str, reason: str | None = None, until: float | None = None) -> None:
-    """At once: sessions end, keys open nothing. Jobs that were paid for are done all the same."""
+    """Ends the user's sessions and blocks their keys at once. Jobs that were paid for still run."""
     users.user(ctx.db, user_id)
     _set_ban(ctx, user_id, banned=True, reason=reason, until=iso_or_none(until))
     ctx.db.execute("DELETE FROM session WHERE userId = ?", [user_id])
     _check_admins(ctx.db)
-    ctx.note("users.ban", user_id, reason=reason, until=iso_or_none(until))
+    ctx.record("users.ban", user_id, reason=reason, until=iso_or_none(until))
 
 
 def unban(ctx: AdminContext, user_id: str) -> None:
     users.user(ctx.db, user_id)
     _set_ban(ctx, user_id, banned=False, reason=None, until=None)
-    ctx.note("users.unban", user_id)
+    ctx.record("users.unban", user_id)
 
 
 def grant(ctx: AdminContext, user_id: str, amount: int, note: str) -> int:
-    """Give credits, or with a negative amount take them back; returns the balance."""
+    """Adds credits, or with a negative amount takes them back. Returns the balance."""
     balance = ledger.grant(ctx.db, user_id, amount, note, ctx.now)
-    ctx.note("credits.grant", user_id, amount=amount, note=note, balance=balance)
+    ctx.record("credits.grant", user_id, amount=amount, note=note, balance=balance)
     return balance
 
 
@@ -126,40 +111,51 @@ def create_key(
 ) -> tuple[str, str]:
     """(id, the key in clear). Raises NotFound for an unknown user."""
     users.user(ctx.db, user_id)
-    options: dict[str, Any] = {"scopes": scopes, "per_minute": per_minute}
-    key = keys.create_key(ctx.db, user_id, name, ctx.now, expires_at, **options)
-    key_id = keys.authenticate(ctx.db, key, ctx.now).key_id or ""
-    ctx.note("keys.create", key_id, user=user_id, name=name, scopes=scopes and sorted(scopes), perMinute=per_minute)
+    key_id, key = keys.create_key(
+        ctx.db, user_id, name, ctx.now, expires_at=expires_at, scopes=scopes, per_minute=per_minute
+    )
+    ctx.record("keys.create", key_id, user=user_id, name=name, scopes=scopes and sorted(scopes), perMinute=per_minute)
     return key_id, key
 
 
-def revoke_key(ctx: AdminContext, key_id: str) -> None:
-    keys.revoke_key(ctx.db, key_id, ctx.now)
-    ctx.note("keys.revoke", key_id)
-
-
 def change_key(ctx: AdminContext, key_id: str, **changes: Any) -> None:
-    """`name`, `scopes` (None: not narrowed), `per_minute` (None: no limit of its own). Raises NotFound."""
-    keys.key(ctx.db, key_id)
-    columns: dict[str, Any] = {"updatedAt": iso(ctx.now)}
+    """`name`, `scopes` (None: all of the user's), `per_minute` (None: no limit of its own). Raises NotFound."""
+    columns: dict[str, Any] = {}
     if "name" in changes:
         columns["name"] = changes["name"]
     if "scopes" in changes:
         columns["permissions"] = keys.permissions_of(changes["scopes"])
     if "per_minute" in changes:
         columns |= keys.limit_columns(changes["per_minute"])
-    ctx.db.table("apikey").update(key_id, columns)
-    ctx.note("keys.change", key_id, **changes)
+    keys.change_key(ctx.db, key_id, columns, ctx.now)
+    ctx.record("keys.change", key_id, **changes)
+
+
+def revoke_key(ctx: AdminContext, key_id: str) -> None:
+    """Raises NotFound."""
+    keys.revoke_key(ctx.db, key_id, ctx.now)
+    ctx.record("keys.revoke", key_id)
 
 
 def list_users(db: Database, before: str | None, limit: int, search: str | None = None) -> list[dict[str, Any]]:
-    """The newest first, those who joined before the user `before`; `search` is a part of a name or address."""
+    """Newest first, those created before the user `before`; `search` is a part of a name or address."""
     return list(
         db.query(
             "SELECT * FROM user WHERE rowid < coalesce((SELECT rowid FROM user WHERE id = :before), 9e18)"
             " AND (:search IS NULL OR instr(email, lower(:search)) OR instr(lower(name), lower(:search)))"
             " ORDER BY rowid DESC LIMIT :limit",
             {"before": before, "search": search, "limit": limit},
+        )
+    )
+
+
+def audit_entries(db: Database, before: int | None, limit: int) -> list[dict[str, Any]]:
+    """The audit log, newest first, with ids under `before`. `actor` is an e-mail address, or `command line`."""
+    return list(
+        db.query(
+            "SELECT audit.*, coalesce(email, 'command line') AS actor FROM audit LEFT JOIN user ON user.id = actor_id"
+            " WHERE audit.id < ? ORDER BY audit.id DESC LIMIT ?",
+            [before or 2**62, limit],
         )
     )
 
@@ -174,4 +170,4 @@ def _set_ban(ctx: AdminContext, user_id: str, *, banned: bool, reason: str | Non
 def _check_admins(db: Database) -> None:
     sql = "SELECT 1 FROM user WHERE role = 'admin' AND NOT banned AND deletedAt IS NULL LIMIT 1"
     if not db.execute(sql).fetchone():
-        raise Conflict("Somebody has to run the server: this is its last admin.")
+        raise Conflict("This is the server's last admin; it needs at least one.")

@@ -1,6 +1,6 @@
-"""Credits: an append-only ledger, and the balance that it adds up to.
+"""Credits: an append-only ledger and each user's balance, which is the sum of their entries.
 
-Each function is part of its caller's transaction and takes the open database.
+Each function is part of its caller's transaction.
 """
 
 from typing import Any
@@ -11,30 +11,30 @@ from server.errors import InsufficientCredits, NotFound
 
 
 def grant(db: Database, user_id: str, amount: int, note: str, now: float) -> int:
-    """Give credits; returns the new balance. A negative amount takes back, never below zero."""
-    return _enter(db, user_id, "grant", amount, None, note, now)
+    """Adds credits and returns the balance. A negative amount takes back; raises InsufficientCredits below zero."""
+    return _append(db, user_id, "grant", amount, None, note, now)
 
 
 def charge(db: Database, user_id: str, amount: int, job_id: str, now: float) -> int:
-    """Take the price of a job; returns the new balance. Raises InsufficientCredits and takes nothing."""
-    return _enter(db, user_id, "charge", -amount, job_id, None, now)
+    """Takes the price of a job and returns the balance. Raises InsufficientCredits and then takes nothing."""
+    return _append(db, user_id, "charge", -amount, job_id, None, now)
 
 
 def top_up(db: Database, user_id: str, price: int, now: float) -> None:
-    """Grant what the balance lacks for a price: for the one user of an open server, who is never refused."""
+    """Grants what the balance lacks for a price: for the one user of an open server, who is never refused."""
     if (lacking := price - balance(db, user_id)) > 0:
         grant(db, user_id, lacking, "open", now)
 
 
 def refund(db: Database, job_id: str, now: float) -> int | None:
-    """Give a job's charge back, once: None when it was given back before or nothing was charged."""
+    """Refunds a job's charge, once. Returns the balance; None if it was refunded before or nothing was charged."""
     rows = db.query(
         "SELECT user_id, amount FROM ledger WHERE job_id = :job AND kind = 'charge'"
         " AND NOT EXISTS (SELECT 1 FROM ledger WHERE job_id = :job AND kind = 'refund')",
         {"job": job_id},
     )
     for row in list(rows):
-        return _enter(db, row["user_id"], "refund", -row["amount"], job_id, None, now)
+        return _append(db, row["user_id"], "refund", -row["amount"], job_id, None, now)
     return None
 
 
@@ -45,7 +45,7 @@ def balance(db: Database, user_id: str) -> int:
 
 
 def entries(db: Database, user_id: str, before: int | None, limit: int) -> list[dict[str, Any]]:
-    """Ledger entries, newest first, with ids under `before`."""
+    """A user's ledger entries, newest first, with ids under `before`."""
     return list(
         db.query(
             "SELECT * FROM ledger WHERE user_id = ? AND id < ? ORDER BY id DESC LIMIT ?",
@@ -54,7 +54,9 @@ def entries(db: Database, user_id: str, before: int | None, limit: int) -> list[
     )
 
 
-def _enter(db: Database, user_id: str, kind: str, amount: int, job_id: str | None, note: str | None, now: float) -> int:
+def _append(
+    db: Database, user_id: str, kind: str, amount: int, job_id: str | None, note: str | None, now: float
+) -> int:
     rows = list(
         db.query(
             "UPDATE user SET balance = balance + :amount WHERE id = :user AND balance + :amount >= 0 RETURNING balance",

@@ -1,4 +1,4 @@
-"""The plans: how many requests a minute, how many jobs at once, and which share of the devices."""
+"""Plans: requests a minute, concurrent jobs and the share of busy devices, from `plans.toml`."""
 
 import logging
 import tomllib
@@ -17,12 +17,12 @@ SIGN_UP_PLAN = "free"
 
 
 class PlansError(SettingsError):
-    """`plans.toml` says something that cannot be."""
+    """`plans.toml` is invalid."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """None is no limit. `weight` is the share of busy devices, against the other users that wait."""
+    """None is no limit. `weight` is the share of busy devices, relative to other users with waiting jobs."""
 
     name: str
     requests_a_minute: int | None = None
@@ -34,7 +34,7 @@ UNLIMITED = Plan("unlimited")
 
 
 class Plans(Mapping[str, Plan]):
-    """By name, in the order of the files."""
+    """Plans by name, in the order of the files."""
 
     def __init__(self, plans: Iterable[Plan]) -> None:
         self._plans = {plan.name: plan for plan in plans}
@@ -50,7 +50,7 @@ class Plans(Mapping[str, Plan]):
 
     @classmethod
     def load(cls, *paths: Path) -> "Plans":
-        """The defaults, changed by each of `paths` that is there. Raises PlansError, with the path in front."""
+        """The defaults, overridden by each of `paths` that exists. Raises PlansError, which begins with the path."""
         tables: dict[str, dict[str, Any]] = {}
         for path in (DEFAULTS, *paths):
             if path.exists():
@@ -58,13 +58,13 @@ class Plans(Mapping[str, Plan]):
         return cls(Plan(name, **table) for name, table in tables.items())
 
     def of(self, name: str) -> Plan:
-        """A user's plan. One that an operator has since struck out counts as the plan of a sign-up."""
+        """A user's plan. A plan that an operator has removed since counts as the sign-up plan."""
         if name not in self:
-            log.warning("plan %r is in no plans.toml; its users have %r", name, SIGN_UP_PLAN)
+            log.warning("plan %r is not in plans.toml; its users get %r", name, SIGN_UP_PLAN)
         return self.get(name, self[SIGN_UP_PLAN])
 
     def known(self, name: str) -> str:
-        """The name, if there is such a plan. Raises InvalidBody."""
+        """Returns the name. Raises InvalidBody if there is no such plan."""
         if name not in self:
             raise invalid_field("plan", f"there is no plan {name!r}; there are {', '.join(self)}")
         return name

@@ -1,4 +1,4 @@
-"""What a call costs in credits, and what it would have cost at fal."""
+"""Prices: of a job in credits, and of the same job at fal.ai in US dollars."""
 
 import math
 import tomllib
@@ -12,11 +12,11 @@ from server.settings import SettingsError
 
 
 class PricesError(SettingsError):
-    """`fal-prices.toml` says something that cannot be."""
+    """`fal-prices.toml` is invalid."""
 
 
 def price_of(model: Model, params: Mapping[str, Any]) -> int:
-    """Credits for one call with these params (camelCase JSON), as `weights.toml` has it; parts are rounded up."""
+    """Credits for one job with these params (camelCase JSON), by the table in `weights.toml`, rounded up."""
     credits = model.credits
     price = credits.base + credits.per_second * params.get("duration", 0)
     return math.ceil(price * credits.resolutions.get(params.get("resolution", ""), 1))
@@ -35,7 +35,10 @@ class FalPrice:
 
 
 def fal_prices(path: Path) -> dict[str, FalPrice]:
-    """By model, from the operator's own table; empty without one. fal's prices change, so none are built in."""
+    """Prices by model, from the operator's table; empty without one. fal's prices change, so none are built in.
+
+    Raises PricesError.
+    """
     if not path.exists():
         return {}
     try:

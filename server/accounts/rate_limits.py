@@ -1,6 +1,6 @@
-"""How often and how much at once: counted in the database, so that restarts and bursts change nothing.
+"""Rate limits (moving windows) and the limit of concurrent jobs. Counted in the database, so they survive restarts.
 
-Each function is part of its caller's transaction and takes the open database.
+Each function is part of its caller's transaction.
 """
 
 import math
@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 
 from sqlite_utils import Database
 
+from server.accounts import keys
+from server.accounts.keys import MINUTE_S, KeyLimit
 from server.accounts.plans import Plan
-from server.errors import ConcurrencyLimit, RateLimited, UsageExceeded
+from server.errors import ConcurrencyLimit, RateLimited
 
-MINUTE_S = 60.0
 SLACK_S = 1.0
-"""Two calls of one moment may be counted in either order: none is forgotten before both cannot matter."""
+"""Calls are kept this much longer than the longest window: two of one moment may be counted in either order."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A moving window: `used` of `quota` calls in the last `window_s`; one more is free again at `resets_at`."""
+    """A moving window: `used` of `quota` calls in the last `window_s`. The next call is free again at `resets_at`."""
 
     name: str
     quota: int
@@ -33,18 +34,8 @@ class Window:
 
 
 @dataclass(frozen=True)
-class KeyLimit:
-    """What one API key may do, whatever its user's plan; `left` is how many calls it may ever make still."""
-
-    key_id: str
-    quota: int | None = None
-    window_s: float = MINUTE_S
-    remaining_calls: int | None = None
-
-
-@dataclass(frozen=True)
 class RateLimitStatus:
-    """Where a caller stands, for the headers of the answer."""
+    """The state of a caller's limits after a call, for the response headers. `at` is the time of the call."""
 
     windows: Sequence[Window]
     plan: Plan
@@ -52,7 +43,7 @@ class RateLimitStatus:
     at: float
 
     def headers(self) -> dict[str, str]:
-        """draft-ietf-httpapi-ratelimit-headers, and the older names that most clients read."""
+        """The headers of draft-ietf-httpapi-ratelimit-headers, and the older names that most clients read."""
         found = {}
         if policies := ", ".join(self._policies()):
             found = {"RateLimit-Policy": policies, "RateLimit": ", ".join(self._states())}
@@ -77,7 +68,10 @@ class RateLimitStatus:
 
 
 def count_call(db: Database, user_id: str, plan: Plan, key: KeyLimit | None, now: float) -> RateLimitStatus:
-    """Count one call against the user's plan and the key's own limit. Raises RateLimited, and counts nothing then."""
+    """Counts one call against the user's plan and the key's own limit.
+
+    Raises RateLimited or UsageExceeded, and then counts nothing.
+    """
     quotas = [("minute", "user_id", user_id, plan.requests_a_minute, MINUTE_S)]
     if key:
         quotas.append(("key", "key_id", key.key_id, key.quota, key.window_s))
@@ -87,21 +81,21 @@ def count_call(db: Database, user_id: str, plan: Plan, key: KeyLimit | None, now
         if not window.remaining:
             raise _rate_limited(window, status)
     if key and key.remaining_calls is not None:
-        _consume_quota(db, key)
+        keys.consume_quota(db, key.key_id)
     if windows:
-        _prune(db, user_id, key, now)
+        _prune(db, user_id, now)
         db.execute("INSERT INTO call VALUES (?, ?, ?)", [user_id, key and key.key_id, now])
     return replace(status, windows=[replace(window, used=window.used + 1) for window in windows])
 
 
 def reserve_slot(db: Database, user_id: str, max_concurrent_jobs: int | None, now: float) -> None:
-    """Raises ConcurrencyLimit if the user's jobs fill the plan. To be asked in the transaction that adds the job."""
+    """Raises ConcurrencyLimit if the user has that many unfinished jobs. Part of the transaction that adds the job."""
     if max_concurrent_jobs is None or (has := unfinished(db, user_id)) < max_concurrent_jobs:
         return
     wait_s = max(1, math.ceil(_soonest_end_s(db, user_id, now)))
     jobs = "1 job" if max_concurrent_jobs == 1 else f"{max_concurrent_jobs} jobs"
     raise ConcurrencyLimit(
-        f"Your plan runs {jobs} at once, and you have {has}. Try again when one has ended.",
+        f"Your plan runs {jobs} at once, and you have {has}. Try again when one has finished.",
         headers={"Retry-After": str(wait_s)},
         limit=max_concurrent_jobs,
         retryAfter=wait_s,
@@ -110,18 +104,18 @@ def reserve_slot(db: Database, user_id: str, max_concurrent_jobs: int | None, no
 
 
 def unfinished(db: Database, user_id: str) -> int:
-    """The user's jobs that wait or run."""
+    """The number of the user's jobs that are queued or running."""
     sql = "SELECT count(*) FROM job WHERE user_id = ? AND status IN ('queued', 'running')"
     return db.execute(sql, [user_id]).fetchone()[0]
 
 
 def seconds_until(instant: float, now: float) -> int:
-    """Whole seconds, never too few and never none: what `Retry-After` says."""
+    """Whole seconds for `Retry-After`: rounded up, at least 1."""
     return max(1, math.ceil(instant - now))
 
 
 def _window(db: Database, name: str, column: str, owner: str, quota: int, window_s: float, now: float) -> Window:
-    """Of a full window the call that frees a place is not always the oldest: the plan may have been larger before."""
+    """The window's state. The call that must expire first is not always the oldest: the quota may have been lowered."""
     where = f"FROM call WHERE {column} = ? AND called_at > ?"
     values = [owner, now - window_s]
     used = db.execute(f"SELECT count(*) {where}", values).fetchone()[0]
@@ -130,20 +124,13 @@ def _window(db: Database, name: str, column: str, owner: str, quota: int, window
     return Window(name, quota, window_s, used, (found[0] if found else now) + window_s)
 
 
-def _prune(db: Database, user_id: str, key: KeyLimit | None, now: float) -> None:
-    """Of this user, what no window can see any more, and what a clock since set back wrote in the far future."""
-    longest = "SELECT max(rateLimitTimeWindow) / 1000.0 FROM apikey WHERE referenceId = ? AND rateLimitEnabled"
-    window_s = max(MINUTE_S, db.execute(longest, [user_id]).fetchone()[0] or 0.0) + SLACK_S
+def _prune(db: Database, user_id: str, now: float) -> None:
+    """Deletes the user's calls that no window can see, and those that a clock since set back dated in the future."""
+    window_s = max(MINUTE_S, keys.longest_window_s(db, user_id)) + SLACK_S
     db.execute(
         "DELETE FROM call WHERE user_id = ? AND (called_at < ? OR called_at > ?)",
         [user_id, now - window_s, now + window_s],
     )
-
-
-def _consume_quota(db: Database, key: KeyLimit) -> None:
-    sql = "UPDATE apikey SET remaining = remaining - 1 WHERE id = ? AND remaining > 0"
-    if not db.execute(sql, [key.key_id]).rowcount:
-        raise UsageExceeded("This API key has made all the calls that it was made for.")
 
 
 def _rate_limited(window: Window, status: RateLimitStatus) -> RateLimited:
@@ -159,7 +146,7 @@ def _rate_limited(window: Window, status: RateLimitStatus) -> RateLimited:
 
 
 def _soonest_end_s(db: Database, user_id: str, now: float) -> float:
-    """A guess: as long as the model's last runs took, less what the user's running jobs have behind them."""
+    """Estimated seconds until one of the user's running jobs ends: the model's last 5 durations, less the time run."""
     found = db.execute(
         "SELECT min(job.started_at + (SELECT avg(took) FROM (SELECT finished_at - started_at AS took FROM job AS past"
         " WHERE past.model = job.model AND past.status = 'succeeded' AND past.seq > job.seq - 1000"

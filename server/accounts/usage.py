@@ -1,4 +1,4 @@
-"""Who used what: jobs by day, user, key, model and place, counted from the jobs themselves."""
+"""Usage report: jobs by day, user, key, model and where they ran, aggregated from the job table."""
 
 import csv
 import io
@@ -31,12 +31,16 @@ SUMS = ("calls", "succeeded", "failures", "cancelled", "credits", "device_s")
 COLUMNS = (
     "day", "user_id", "email", "key_id", "key_name", "model", "served_by", *SUMS, "fal_cost_usd",
 )  # fmt: skip
-RISKY = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes a cell that begins with one of these for a formula.
+
+https://owasp.org/www-community/attacks/CSV_Injection
+"""
 
 
 @dataclass(frozen=True)
 class Period:
-    """Whole days in UTC, both of them included."""
+    """Whole days in UTC, both included."""
 
     first: date
     last: date
@@ -52,10 +56,10 @@ class Period:
 
 @dataclass(frozen=True)
 class Usage:
-    """One line of the account. `served_by` is `local`, `fal`, or None for jobs that never started.
+    """One line of the report. `served_by` is `local`, `fal`, or None for jobs that never started.
 
-    `device_s` are seconds that jobs held a device here. `fal_cost_usd` is what the succeeded ones would have cost at
-    fal; None where the operator's table has no price for the model.
+    `device_s` are the seconds that jobs held a local device. `fal_cost_usd` is what the succeeded jobs would have cost
+    at fal; None if the operator's table has no price for the model.
     """
 
     day: str
@@ -75,13 +79,13 @@ class Usage:
 
 
 def read(db: Database, user_id: str | None, period: Period, prices: Mapping[str, FalPrice]) -> list[Usage]:
-    """One user's lines, or everyone's, the newest day first."""
+    """The lines of one user, or of all, newest day first."""
     rows = db.query(COUNTED, {"user": user_id, "since": period.since, "until": period.until})
     return [_usage(row, prices.get(row["model"])) for row in rows]
 
 
 def totals(lines: Sequence[Usage]) -> dict[str, Any]:
-    """Sums, in camelCase; the cost only if every line that ran has one."""
+    """Sums, in camelCase. The cost is None unless every line with succeeded jobs has one."""
     found: dict[str, Any] = {name: sum(getattr(line, name) for line in lines) for name in SUMS}
     costs = [line.fal_cost_usd for line in lines if line.succeeded]
     cost = None if None in costs else round(sum(cost for cost in costs if cost), 6)
@@ -93,11 +97,11 @@ def as_json(lines: Iterable[Usage]) -> list[dict[str, Any]]:
 
 
 def as_csv(lines: Iterable[Usage]) -> str:
-    """For a spreadsheet, which must not take a key's name for a formula."""
+    """CSV, with text escaped that a spreadsheet would take for a formula."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow([to_camel(name) for name in COLUMNS])
-    writer.writerows([_harmless(getattr(line, name)) for name in COLUMNS] for line in lines)
+    writer.writerows([_escape_formula(getattr(line, name)) for name in COLUMNS] for line in lines)
     return out.getvalue()
 
 
@@ -111,5 +115,5 @@ def _usage(row: Mapping[str, Any], price: FalPrice | None) -> Usage:
     return Usage(**kept, device_s=round(row["device_s"], 3), fal_cost_usd=None if cost is None else round(cost, 6))
 
 
-def _harmless(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(RISKY) else value
+def _escape_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value

@@ -1,3 +1,5 @@
+"""Users, and the caller that a request is authenticated as."""
+
 import secrets
 import string
 from dataclasses import dataclass
@@ -11,18 +13,16 @@ from server.errors import NotFound
 from server.timestamps import iso
 
 SIGN_UP_CREDITS = 10
-
-
 SCOPES = ("generate", "read", "admin")
-"""What a key may be for: to make and change things, to look at one's own things, to run the server."""
+"""What a key may allow: to create and change, to read one's own data, to administer the server."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever a request was authenticated as.
+    """The user, and the API key if any, that a request is authenticated as.
 
-    `granted` are the scopes that the key was made with; None where it was not narrowed, or there is none. `plan` is
-    known once the caller was let in. `is_local` is the one user of an open server: charged, and never refused.
+    `granted` are the scopes of the key; None without a key or for a key with all of its user's. `plan` is known once
+    the caller is authorized. `is_local` is the one user of an open server: charged, and never refused.
     """
 
     user_id: str
@@ -40,7 +40,10 @@ class Caller:
 
 
 def create_user(db: Database, name: str, email: str, now: float, *, role: str = "user", plan: str = "free") -> str:
-    """Returns the new user's id. The sign-up credits are a ledger entry. Part of the caller's transaction."""
+    """Returns the new user's id. The sign-up credits are a ledger entry.
+
+    Raises sqlite3.IntegrityError if the address is taken.
+    """
     user_id = random_id()
     db.table("user").insert(
         {
@@ -79,5 +82,5 @@ def user(db: Database, user_id: str) -> dict[str, Any]:
 
 
 def random_id() -> str:
-    """32 letters and digits, as Better Auth's ids are."""
+    """32 letters and digits, the format of Better Auth's ids."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(32))

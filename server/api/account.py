@@ -4,8 +4,8 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from server.accounts import ledger, usage, users
-from server.api.dependencies import Asked, CurrentCaller, Form, Limit, ServicesDep
-from server.api.schemas import answer, entries_json
+from server.api.dependencies import CurrentCaller, Limit, ServicesDep, UsageFormat, UsagePeriod
+from server.api.schemas import entries_json, usage_response
 
 router = APIRouter()
 
@@ -27,7 +27,9 @@ async def list_entries(
 
 
 @router.get("/api/usage")
-async def read_usage(caller: CurrentCaller, services: ServicesDep, period: Asked, form: Form = "json") -> Response:
-    """By day, key, model and place; `format=csv` for a spreadsheet."""
+async def read_usage(
+    caller: CurrentCaller, services: ServicesDep, period: UsagePeriod, form: UsageFormat = "json"
+) -> Response:
+    """By day, key, model and where jobs ran; `format=csv` for a spreadsheet."""
     lines = await services.database.run(usage.read, caller.user_id, period, services.fal_prices)
-    return answer(lines, period, form)
+    return usage_response(lines, period, form)

@@ -1,4 +1,4 @@
-"""Files by their unguessable names, and uploads."""
+"""Routes of stored files: download by an unguessable name, upload."""
 
 import time
 from typing import Any, cast
@@ -16,15 +16,15 @@ router = APIRouter()
 @router.head("/files/{name}", include_in_schema=False)
 @router.get("/files/{name}")
 async def read_file(name: str, services: ServicesDep) -> Response:
-    """Needs no key: whoever knows the name may read it, as with the hosted service's links."""
+    """Needs no key: the name is the credential, as in the hosted service's links."""
     return services.files.response(name)
 
 
 @router.post("/api/uploads")
 async def upload(request: Request, caller: CurrentCaller, services: ServicesDep, base_url: BaseUrl) -> JSONResponse:
-    """An image as a form's `file` or as the bare body; a video or audio as the bare body, with its content type.
+    """Takes an image as a form's `file` or as the body; video or audio as the body, with its content type.
 
-    Answers the URL to use as `imageUrl`, `videoUrl` or `audioUrl`, and what is known of the file.
+    Returns the URL to send as `imageUrl`, `videoUrl` or `audioUrl`, and the size or duration.
     """
     kind = request.headers.get("content-type", "").partition("/")[0].lower()
     name, facts = await (_clip(services, kind, request) if kind in ("video", "audio") else _image(services, request))

@@ -1,11 +1,11 @@
-"""The video route of the hosted API."""
-# FROM server.api.once: The Idempotency-Key of a generation call: the same key with the same body is the same job.
-# FROM server.api.generation: How the four generation routes answer: wait for the job, or `202` to `Prefer: respond-async`.
-# FROM server.api.images: The three image routes of the hosted API.
+"""The four generation routes of the hosted API.
+
+`accept` and `wait` know nothing of the JSON that a request ends in, so that other wires can use them.
+"""
 
 import asyncio
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -22,62 +22,105 @@ from server.jobs import idempotency
 from server.jobs.job import IdempotencyClaim, Job
 from server.services import Services
 
+RETRY_AFTER_S = 2
+"""How often a client should poll a job."""
+
 router = APIRouter()
 
 
-async def accept_once(
-    request: Request, services: Services, caller: Caller, kind: str, body: Body, own_bases: Sequence[str]
-) -> AcceptedJob:
-    """The job of this request: a new one, or the one that its Idempotency-Key stands for, ended or not.
-
-    A key that another call takes in the meantime stands for that call's job from then on: charged is only one.
-    """
-    claim, route = await _claim_of(request, body), request.headers.get("x-route")
-    while claim:
-        found, claim = await services.database.call(_replay, services.jobs, caller.user_id, claim, services.clock())
-        if found:
-            set_header(request, "Idempotent-Replayed", "true")
-            return found
-        try:
-            return await services.intake.accept(caller, kind, body, own_bases, claim, route)
-        except idempotency.KeyAlreadyClaimed:
-            continue
-    return await services.intake.accept(caller, kind, body, own_bases, route=route)
-
-
-async def _claim_of(request: Request, body: Body) -> IdempotencyClaim | None:
-    """A body with a picture in it takes long to hash: off the event loop with it."""
-    key = idempotency.parse(request.headers.getlist("idempotency-key"))
-    if key is None:
-        return None
-    return IdempotencyClaim(request.url.path, key, await asyncio.to_thread(idempotency.hash_of, body))
-
-
-RETRY_AFTER_S = 2
-
-
-async def run_generation(
-    request: Request, services: Services, caller: Caller, kind: str, body: Body, base_url: str
+@router.post("/api/image/fal/generate", openapi_extra=schema_of(GenerateImage))
+async def generate_image(
+    request: Request,
+    caller: CurrentCaller,
+    body: Annotated[GenerateImage, Depends(body_of(GenerateImage))],
+    services: ServicesDep,
+    base_url: BaseUrl,
 ) -> JSONResponse:
-    """Run one request to its documented answer. What it raises becomes the error envelope."""
-    own_bases = (base_url, str(request.base_url).rstrip("/"))
-    try:
-        accepted = await accept_once(request, services, caller, kind, body, own_bases)
-    except ConcurrencyLimit:
-        await refresh_balance(request, services, caller.user_id)
-        raise
-    respond_async, wait_s = preferences(request.headers.get("prefer", ""))
-    try:
-        async with asyncio.timeout(wait_s if respond_async else None):
-            job = await services.dispatcher.wait(accepted.job.id)
-    except TimeoutError:
-        await refresh_balance(request, services, caller.user_id)
-        return _accepted(services, accepted, base_url)
-    balance = await refresh_balance(request, services, caller.user_id)
+    return await run_generation(GenerationCall(request, services, caller, "image", body, base_url))
+
+
+@router.post("/api/image/fal/upscale", openapi_extra=schema_of(UpscaleImage))
+async def upscale(
+    request: Request,
+    caller: CurrentCaller,
+    body: Annotated[UpscaleImage, Depends(body_of(UpscaleImage))],
+    services: ServicesDep,
+    base_url: BaseUrl,
+) -> JSONResponse:
+    return await run_generation(GenerationCall(request, services, caller, "upscale", body, base_url))
+
+
+@router.post("/api/image/fal/remove-bg", openapi_extra=schema_of(RemoveBackgroundOf))
+async def remove_background(
+    request: Request,
+    caller: CurrentCaller,
+    body: Annotated[RemoveBackgroundOf, Depends(body_of(RemoveBackgroundOf))],
+    services: ServicesDep,
+    base_url: BaseUrl,
+) -> JSONResponse:
+    return await run_generation(GenerationCall(request, services, caller, "remove-bg", body, base_url))
+
+
+@router.post("/api/video/fal/generate", openapi_extra=schema_of(GenerateVideo))
+async def generate_video(
+    request: Request,
+    caller: CurrentCaller,
+    body: Annotated[GenerateVideo, Depends(body_of(GenerateVideo))],
+    services: ServicesDep,
+    base_url: BaseUrl,
+) -> JSONResponse:
+    return await run_generation(GenerationCall(request, services, caller, "video", body, base_url))
+
+
+@dataclass(frozen=True)
+class GenerationCall:
+    """A call to a generation route. `base_url` is this server's address as the caller sees it."""
+
+    request: Request
+    services: Services
+    caller: Caller
+    kind: str
+    body: Body
+    base_url: str
+
+
+async def run_generation(call: GenerationCall) -> JSONResponse:
+    """Runs a request to the documented response: the output, or 202 and the job to `Prefer: respond-async`.
+
+    Raises what `accept` raises, and the job's own failure.
+    """
+    accepted = await accept(call)
+    respond_async, wait_s = preferences(call.request.headers.get("prefer", ""))
+    job = await wait(call.services, accepted.job.id, wait_s if respond_async else None)
+    balance = await refresh_balance(call.request, call.services, call.caller.user_id)
+    if job is None:
+        return _accepted(call, accepted)
     if job.status != "succeeded":
         raise _failure(job, balance)
     headers = _headers(accepted, balance) | {"X-Served-By": job.served_by or ""}
-    return JSONResponse(output_json(services, job, base_url), headers=headers)
+    return JSONResponse(output_json(call.services, job, call.base_url), headers=headers)
+
+
+async def accept(call: GenerationCall) -> AcceptedJob:
+    """The job of a request: a new one, or the one that its Idempotency-Key stands for, finished or not.
+
+    If a concurrent call claims the key first, this one is answered with that call's job: only one is charged. Raises
+    what the caller or the operator must fix, see `server.errors`.
+    """
+    try:
+        return await _accept_once(call)
+    except ConcurrencyLimit:
+        await refresh_balance(call.request, call.services, call.caller.user_id)
+        raise
+
+
+async def wait(services: Services, job_id: str, timeout_s: float | None) -> Job | None:
+    """The finished job; None if it has not finished within `timeout_s` seconds."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await services.dispatcher.wait(job_id)
+    except TimeoutError:
+        return None
 
 
 def preferences(prefer: str) -> tuple[bool, float]:
@@ -87,14 +130,37 @@ def preferences(prefer: str) -> tuple[bool, float]:
     return "respond-async" in tokens, float(waits[0]) if waits else 0.0
 
 
-def _accepted(services: Services, accepted: AcceptedJob, base_url: str) -> JSONResponse:
-    location = f"/api/jobs/{accepted.job.id}"
+async def _accept_once(call: GenerationCall) -> AcceptedJob:
+    request, services, caller = call.request, call.services, call.caller
+    own_bases = (call.base_url, str(request.base_url).rstrip("/"))
+    claim, route = await _claim_of(request, call.body), request.headers.get("x-route")
+    while claim:
+        found, claim = await services.database.call(_replay, services.jobs, caller.user_id, claim, services.clock())
+        if found:
+            set_header(request, "Idempotent-Replayed", "true")
+            return found
+        try:
+            return await services.intake.accept(caller, call.kind, call.body, own_bases, claim, route)
+        except idempotency.KeyAlreadyClaimed:
+            continue
+    return await services.intake.accept(caller, call.kind, call.body, own_bases, route=route)
+
+
+async def _claim_of(request: Request, body: Body) -> IdempotencyClaim | None:
+    """The Idempotency-Key of a request. A body with an image in it is large, so it is hashed off the event loop."""
+    key = idempotency.parse(request.headers.getlist("idempotency-key"))
+    if key is None:
+        return None
+    return IdempotencyClaim(request.url.path, key, await asyncio.to_thread(idempotency.hash_of, body))
+
+
+def _accepted(call: GenerationCall, accepted: AcceptedJob) -> JSONResponse:
     headers = _headers(accepted, accepted.balance) | {
-        "Location": location,
+        "Location": f"/api/jobs/{accepted.job.id}",
         "Preference-Applied": "respond-async",
         "Retry-After": str(RETRY_AFTER_S),
     }
-    return JSONResponse(job_json(services, accepted.job, base_url), status_code=202, headers=headers)
+    return JSONResponse(job_json(call.services, accepted.job, call.base_url), status_code=202, headers=headers)
 
 
 def _headers(accepted: AcceptedJob, balance: int) -> dict[str, str]:
@@ -106,16 +172,17 @@ def _headers(accepted: AcceptedJob, balance: int) -> dict[str, str]:
         **weights_header(accepted.job),
     }
     if accepted.ignored:
-        headers["X-Ignored-Fields"] = ", ".join(sorted(map(_token, accepted.ignored)))
+        headers["X-Ignored-Fields"] = ", ".join(sorted(map(_header_token, accepted.ignored)))
     return headers
 
 
-def _token(field: str) -> str:
-    """A field's name fit for a header: it came from the caller."""
+def _header_token(field: str) -> str:
+    """A field's name made safe for a header: the caller chose it."""
     return re.sub(r"[^\w.-]", "?", field, flags=re.ASCII)[:64]
 
 
 def _failure(job: Job, balance: int) -> PlantainError:
+    """The error of a job that failed or was cancelled."""
     error = job.error or {}
     cls = from_code(error.get("code", ""), JobWasCancelled if job.status == "cancelled" else GenerationFailed)
     headers = {"X-Job-Id": job.id, "X-Credits-Charged": "0", "X-Credits-Remaining": str(balance)}
@@ -123,47 +190,3 @@ def _failure(job: Job, balance: int) -> PlantainError:
     extra = {name: value for name, value in error.items() if name not in ("error", "code")}
     extra |= {"refunded": job.credits, "balance": balance, "jobId": job.id}
     return cls(error.get("error", cls.title), headers=headers, **extra)
-
-
-@router.post("/api/image/fal/generate", openapi_extra=schema_of(GenerateImage))
-async def generate_image(
-    request: Request,
-    caller: CurrentCaller,
-    body: Annotated[GenerateImage, Depends(body_of(GenerateImage))],
-    services: ServicesDep,
-    base_url: BaseUrl,
-) -> JSONResponse:
-    return await run_generation(request, services, caller, "image", body, base_url)
-
-
-@router.post("/api/image/fal/upscale", openapi_extra=schema_of(UpscaleImage))
-async def upscale(
-    request: Request,
-    caller: CurrentCaller,
-    body: Annotated[UpscaleImage, Depends(body_of(UpscaleImage))],
-    services: ServicesDep,
-    base_url: BaseUrl,
-) -> JSONResponse:
-    return await run_generation(request, services, caller, "upscale", body, base_url)
-
-
-@router.post("/api/image/fal/remove-bg", openapi_extra=schema_of(RemoveBackgroundOf))
-async def remove_background(
-    request: Request,
-    caller: CurrentCaller,
-    body: Annotated[RemoveBackgroundOf, Depends(body_of(RemoveBackgroundOf))],
-    services: ServicesDep,
-    base_url: BaseUrl,
-) -> JSONResponse:
-    return await run_generation(request, services, caller, "remove-bg", body, base_url)
-
-
-@router.post("/api/video/fal/generate", openapi_extra=schema_of(GenerateVideo))
-async def generate_video(
-    request: Request,
-    caller: CurrentCaller,
-    body: Annotated[GenerateVideo, Depends(body_of(GenerateVideo))],
-    services: ServicesDep,
-    base_url: BaseUrl,
-) -> JSONResponse:
-    return await run_generation(request, services, caller, "video", body, base_url)

@@ -1,4 +1,4 @@
-"""Whether the server lives, and whether it can serve."""
+"""Liveness and readiness probes."""
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -10,13 +10,13 @@ router = APIRouter()
 
 @router.get("/healthz")
 async def healthz() -> JSONResponse:
-    """The process answers: that is all this says."""
+    """200 as long as the process responds."""
     return JSONResponse({"status": "ok"})
 
 
 @router.get("/readyz")
 async def readyz(services: ServicesDep) -> JSONResponse:
-    """200 once a worker can serve and the database can be written; 503 with what is wrong otherwise."""
+    """200 if a worker can run jobs and the database can be written, else 503 with the reason in `trouble`."""
     dispatcher = services.dispatcher
     workers = {device: worker.status for device, worker in dispatcher.status.workers.items()}
     body = {

@@ -1,4 +1,4 @@
-"""Jobs: list, look, cancel; and how a job or its outcome is told over HTTP."""
+"""Routes of the caller's own jobs: list, read, cancel."""
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -34,7 +34,7 @@ async def read_job(job_id: str, caller: CurrentCaller, services: ServicesDep, ba
 
 @router.post("/api/jobs/{job_id}/cancel")
 async def cancel_job(job_id: str, caller: CancellingCaller, services: ServicesDep, base_url: BaseUrl) -> JSONResponse:
-    """Queued: cancelled at once. Running: at its next step, so the answer is 202. Ended: as it is."""
+    """A queued job is cancelled at once, a running one at its next step (202). A finished job stays as it is."""
     job = await own_job(services, caller, job_id)
     if not job.is_final:
         job = await services.dispatcher.cancel(job_id)
@@ -43,7 +43,7 @@ async def cancel_job(job_id: str, caller: CancellingCaller, services: ServicesDe
 
 
 async def own_job(services: Services, caller: Caller, job_id: str) -> Job:
-    """Somebody else's job is not found."""
+    """Raises NotFound, also for a job of another user."""
     try:
         job = await services.database.call(services.jobs.job, job_id)
     except KeyError:

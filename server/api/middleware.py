@@ -1,5 +1,4 @@
-"""CORS: pages of the origins that the operator trusts may call, with their cookies, and read the answers' headers."""
-# FROM server.envelope: ASGI around every route: an id for each request, and a bound on its body.
+"""ASGI middleware: request ids, late response headers, the body size limit and CORS."""
 
 import secrets
 
@@ -12,14 +11,14 @@ from server.api.origins import Origins
 from server.errors import TooLarge
 
 MAX_BODY_BYTES = 48 * 2**20
-"""A data URL of the largest image allowed (32 MiB) is 43 MiB of base64."""
+"""The largest image allowed (32 MiB) is 43 MiB as a base64 data URL."""
 MAX_UPLOAD_BYTES = 200 * 2**20
-"""A video is uploaded as it is, and goes to disk piece by piece."""
+"""For uploads, which are streamed to disk."""
 UPLOADS = "/api/uploads"
 
 
 class RequestId:
-    """Puts `request_id` into the scope and `X-Request-Id` into every answer."""
+    """Puts `request_id` into the scope and `X-Request-Id` into every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -38,7 +37,7 @@ class RequestId:
 
 
 class ResponseHeaders:
-    """Writes what `add_header` was given onto the answer, also onto an error's."""
+    """Adds the headers given to `add_header` to the response, also to an error response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -54,43 +53,43 @@ class ResponseHeaders:
 
 
 def add_header(request: HTTPConnection, name: str, value: str) -> None:
-    """For what is known long before there is an answer, such as a session's new cookie."""
+    """Adds a header to the response before there is one, such as the cookie of a renewed session."""
     late = request.scope.setdefault("late_headers", [])
     late.append((name.lower().encode("latin-1"), value.encode("latin-1")))
 
 
 def set_header(request: HTTPConnection, name: str, value: str) -> None:
-    """As `add_header`, in place of what was given for this name before."""
+    """As `add_header`, replacing earlier values of the same name."""
     late = request.scope.setdefault("late_headers", [])
     late[:] = [header for header in late if header[0] != name.lower().encode("latin-1")]
     add_header(request, name, value)
 
 
 class BodyLimit:
-    """Raises TooLarge out of the read that passes the limit, whatever Content-Length said.
+    """Raises TooLarge from the read that exceeds the limit, whatever Content-Length is.
 
-    FastAPI's own `max_body_size` answers in plain text from outside our handlers; every error here is in the envelope.
+    FastAPI's own `max_body_size` responds in plain text from outside the error handlers.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        taken = 0
-        most = MAX_UPLOAD_BYTES if scope.get("path") == UPLOADS else MAX_BODY_BYTES
+        received_bytes = 0
+        limit_bytes = MAX_UPLOAD_BYTES if scope.get("path") == UPLOADS else MAX_BODY_BYTES
 
         async def receive_limited() -> Message:
-            nonlocal taken
+            nonlocal received_bytes
             message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > most:
-                raise TooLarge(f"The body is over the limit of {most // 2**20} MiB.")
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > limit_bytes:
+                raise TooLarge(f"The body is over the limit of {limit_bytes // 2**20} MiB.")
             return message
 
         await self.app(scope, receive_limited, send)
 
 
-READABLE = (
+EXPOSED_HEADERS = (
     "Location", "Retry-After", "Idempotent-Replayed", "Preference-Applied", "RateLimit", "RateLimit-Policy",
     "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset", "X-Credits-Charged", "X-Credits-Remaining",
     "X-Ignored-Fields", "X-Job-Id", "X-Request-Id", "X-Served-By", "X-Weights", "set-auth-token",
@@ -98,10 +97,12 @@ READABLE = (
 
 
 class Cors(CORSMiddleware):
-    """Exact origins, never `*`: credentials go along."""
+    """CORS for the trusted origins, with credentials. Responds with the exact origin, never `*`."""
 
     def __init__(self, app: ASGIApp, trusted: tuple[str, ...]) -> None:
-        super().__init__(app, allow_methods=["*"], allow_headers=["*"], allow_credentials=True, expose_headers=READABLE)
+        super().__init__(
+            app, allow_methods=["*"], allow_headers=["*"], allow_credentials=True, expose_headers=EXPOSED_HEADERS
+        )
         self.origins = Origins(frozenset(), trusted)
 
     def is_allowed_origin(self, origin: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which models there are, what they do and cost, and whether their weights are installed."""
+"""Routes of the model list: workflows, prices, body schemas, and whether weights are installed."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ async def read_model(name: str, _: CurrentCaller, services: ServicesDep) -> JSON
 
 
 def model_json(services: Services, model: Model) -> dict[str, Any]:
-    """`schema` is the JSON Schema of the body that the model's route takes."""
+    """`schema` is the JSON Schema of the body of the model's route."""
     retired = model.retired and {"date": model.retired.date, "successor": model.retired.successor}
     return {
         "id": model.id,

@@ -1,4 +1,4 @@
-"""Which sites' pages may use a session, and where a person may be sent afterwards. Better Auth's rules."""
+"""Origin checks against CSRF, open redirects and DNS rebinding. The first two follow Better Auth's rules."""
 
 import re
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from starlette.requests import Request
 
 from server.auth.errors import AuthError
 from server.errors import InvalidOrigin
-from server.settings import Settings, _is_address, address_of
+from server.settings import Settings, address_of, is_address
 
-READING = {"GET", "HEAD", "OPTIONS"}
+SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 DEFAULT_PORTS = {"http": 80, "https": 443}
 SAFE_PATH = re.compile(r"/(?![/\\])[^\x00-\x1f\x7f\\]*")
 
 
 @dataclass(frozen=True)
 class Origins:
-    """`trusted` may hold wildcards. `own` is this server itself; a page of ours is one that was asked for here."""
+    """Origins whose pages may use a session: this server's `own` and the `trusted` ones, which may hold wildcards."""
 
     own: frozenset[str]
     trusted: tuple[str, ...] = ()
@@ -25,26 +25,30 @@ class Origins:
     def trusts(self, origin: str) -> bool:
         return origin in self.own or any(_matches(origin, pattern) for pattern in self.trusted)
 
-    def may_lead_to(self, url: str) -> bool:
-        """A path on this server, or an address on a trusted one."""
+    def may_redirect_to(self, url: str) -> bool:
+        """Whether the URL is a path on this server or an address of a trusted origin."""
         if SAFE_PATH.fullmatch(url):
             return not re.search(r"%2f|%5c", url.partition("?")[0], re.IGNORECASE)
         return self.trusts(origin_of(url))
 
 
 def for_pages(request: Request, settings: Settings) -> Origins:
-    """Who may send a cookie along: also whatever address the browser itself says it called."""
+    """The origins whose pages may send a cookie, among them the address that the browser called."""
     own = {origin_of(address_of(settings)), origin_of(str(request.base_url))}
     return Origins(frozenset(own - {""}), settings.trusted_origins)
 
 
 def for_redirects(settings: Settings) -> Origins:
+    """The origins that links in mails may redirect to. The Host header is not among them: the sender chooses it."""
     return Origins(frozenset({origin_of(address_of(settings))}), settings.trusted_origins)
 
 
 def check_call(request: Request, origins: Origins) -> None:
-    """A call that a cookie opens. Without an Origin it is no page's, and let through, as `curl -b` is."""
-    if request.method in READING:
+    """Checks a call authenticated by a cookie. Raises InvalidOrigin.
+
+    Without Origin and Sec-Fetch-Site it does not come from a page, such as `curl -b`, and is allowed.
+    """
+    if request.method in SAFE_METHODS:
         return
     headers = request.headers
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
@@ -54,12 +58,15 @@ def check_call(request: Request, origins: Origins) -> None:
 
 
 def check_auth_call(request: Request, origins: Origins, *, signs_in: bool) -> None:
-    """On `/api/auth`. `signs_in`: also without a cookie, lest a page sign its visitor in as somebody else."""
+    """Checks a call to `/api/auth`. Raises AuthError.
+
+    `signs_in`: check it without a cookie too, or a page could sign its visitor in to another account (login CSRF).
+    """
     headers = request.headers
-    if request.method in READING:
+    if request.method in SAFE_METHODS:
         return
     if "cookie" not in headers:
-        if not signs_in or not _is_of_a_page(request):
+        if not signs_in or not _is_from_page(request):
             return
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") == "navigate":
             text = "Cross-site navigation login blocked. This request appears to be a CSRF attack."
@@ -74,15 +81,15 @@ def check_auth_call(request: Request, origins: Origins, *, signs_in: bool) -> No
 
 
 def check_redirect(url: object, name: str, origins: Origins) -> None:
-    """`name` as in the body: `callbackURL`, `redirectTo` …"""
-    if isinstance(url, str) and url and not origins.may_lead_to(url):
-        told = "redirectURL" if name == "redirectTo" else name
-        code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", told).upper()
-        raise AuthError(403, f"INVALID_{code}", f"Invalid {told}")
+    """`name` is the field of the body: `callbackURL`, `redirectTo`. Raises AuthError."""
+    if isinstance(url, str) and url and not origins.may_redirect_to(url):
+        label = "redirectURL" if name == "redirectTo" else name
+        code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", label).upper()
+        raise AuthError(403, f"INVALID_{code}", f"Invalid {label}")
 
 
 def origin_of(url: str) -> str:
-    """`scheme://host[:port]` as browsers write it; empty for what is not a web address."""
+    """`scheme://host[:port]` as browsers write it; empty if the URL is not http(s)."""
     try:
         parts = urlsplit(url.strip())
         port = parts.port
@@ -94,24 +101,26 @@ def origin_of(url: str) -> str:
     return f"{parts.scheme}://{host}" + ("" if port in (None, DEFAULT_PORTS[parts.scheme]) else f":{port}")
 
 
-def _is_of_a_page(request: Request) -> bool:
+def _is_from_page(request: Request) -> bool:
     names = ("origin", "referer", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
     return any(name in request.headers for name in names)
 
 
 def _matches(origin: str, pattern: str) -> bool:
-    """`*` stands for any part of a host. A pattern without a scheme takes both."""
+    """`*` matches any part of a host. A pattern without a scheme matches http and https."""
     subject = origin if "://" in pattern else origin.partition("://")[2]
     parts = [re.escape(part) for part in pattern.rstrip("/").lower().split("*")]
     return bool(subject) and re.fullmatch(r"[^/@\\]*".join(parts), subject.lower()) is not None
 
 
 def check_host(request: Request, settings: Settings) -> None:
-    """A name that anyone may point at this machine must not open it to the pages of that name (DNS rebinding).
+    """Protects an open server from DNS rebinding: a page whose name was pointed at this machine.
 
-    Raises InvalidOrigin for a Host that is neither an address nor a name that the operator gave.
+    Raises InvalidOrigin if the Host is neither an IP address nor a name that the operator configured.
     """
     host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
     named = {urlsplit(settings.public_url or "").hostname, settings.host, "localhost"}
-    if host not in named and not _is_address(host):
-        raise InvalidOrigin(f"This open server is not known as {host!r}. If it is, start it with --public-url.")
+    if host not in named and not is_address(host):
+        raise InvalidOrigin(
+            f"This open server is not configured for the name {host!r}. If it is its name, start it with --public-url."
+        )

@@ -1,4 +1,4 @@
-"""How usage is asked for and told: the days, JSON or CSV."""
+"""Responses as JSON or CSV: jobs, outputs, ledger entries, usage, pages."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from server.services import Services
 from server.timestamps import iso, iso_or_none
 
 
-def answer(lines: Sequence[Usage], period: Period, form: str) -> Response:
+def usage_response(lines: Sequence[Usage], period: Period, form: str) -> Response:
     if form == "csv":
         name = f"usage-{period.first}-{period.last}.csv"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
@@ -51,16 +51,16 @@ def _entry(row: dict[str, Any]) -> dict[str, Any]:
 
 FILES = frozenset({"image", "images", "video", "audio"})
 NO_SEED = 0
-"""The answer's seed where the model at fal takes none and tells none."""
+"""The seed of an output if the model at fal takes none and reports none."""
 
 
 def weights_header(job: Job) -> dict[str, str]:
-    """Demo weights are never used in silence."""
+    """Reports that a job ran on demo weights."""
     return {"X-Weights": job.weights} if job.weights == "demo" else {}
 
 
 def job_json(services: Services, job: Job, base_url: str) -> dict[str, Any]:
-    """The job as callers see it; parts that do not apply are null."""
+    """The job as callers see it. Parts that do not apply are null."""
     return {
         "id": job.id,
         "kind": job.kind,
@@ -83,7 +83,7 @@ def job_json(services: Services, job: Job, base_url: str) -> dict[str, Any]:
 
 
 def output_json(services: Services, job: Job, base_url: str) -> dict[str, Any]:
-    """The documented answer of the job's route: these keys and no others."""
+    """The documented response of the job's route: these keys and no others."""
     output = job.output or {}
     url = output.get("url") or services.files.url(job.output_name, base_url)
     match job.kind:
@@ -122,7 +122,7 @@ def _queue(services: Services, job: Job) -> dict[str, Any] | None:
 
 
 def _params(services: Services, params: Mapping[str, Any], base_url: str) -> dict[str, Any]:
-    """With the input files as URLs under the names that callers send them by."""
+    """The params, with input files as URLs under the names that callers send."""
     shown = {name: value for name, value in params.items() if name not in FILES}
     shown |= {
         f"{name}Url": services.files.url(params[name], base_url) for name in ("video", "audio") if params.get(name)

@@ -1,5 +1,4 @@
-"""Better Auth's sessions, passwords and API keys, as its official clients know them."""
-# FROM server.auth.parts: What the auth routes work with, made once per application.
+"""Better Auth's rules for sessions and passwords, without HTTP: functions of a connection and plain values."""
 
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ from server.settings import Settings
 
 @dataclass(frozen=True)
 class Auth:
+    """What the sign-in routes work with, one per application."""
+
     secret: Secret
     passwords: Passwords
     sign_in_limiter: SignInRateLimiter

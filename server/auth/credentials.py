@@ -1,4 +1,7 @@
-"""The rows of users who sign in with a password. Functions are part of their caller's transaction, or one statement."""
+"""Sign-up, sign-in, password reset and deletion of users, as functions on an open connection.
+
+Each is one statement or part of its caller's transaction. Passwords arrive hashed.
+"""
 
 import sqlite3
 from collections.abc import Mapping
@@ -6,7 +9,7 @@ from typing import Any, Unpack
 
 from sqlite_utils import Database
 
-from server.accounts import users
+from server.accounts import keys, users
 from server.auth import sessions
 from server.auth.errors import AuthError, banned, invalid_credentials, invalid_token
 from server.auth.secret import Secret, hash_of, random_token
@@ -18,12 +21,12 @@ SELECT = (
     "SELECT user.*, account.password FROM user LEFT JOIN account ON account.userId = user.id"
     " AND account.providerId = 'credential' WHERE user.deletedAt IS NULL"
 )
-RESET_LIVES_S = 3600.0
+RESET_LIFETIME_S = 3600.0
 RESET_TOKEN_LENGTH = 24
 
 
 def sign_up(db: Database, name: str, email: str, image: str | None, password: str, now: float) -> str:
-    """Returns the new user's id; `password` is hashed. Raises AuthError where there is such a user."""
+    """Returns the new user's id. Raises AuthError if the address is taken."""
     try:
         user_id = users.create_user(db, name, email, now)
     except sqlite3.IntegrityError:
@@ -35,7 +38,7 @@ def sign_up(db: Database, name: str, email: str, image: str | None, password: st
 
 
 def find_by_email(db: Database, email: str) -> dict[str, Any] | None:
-    """The user's row, with the hashed `password` where they have one."""
+    """The user's row, with the hashed `password` if they have one."""
     return _first(db, "lower(user.email) = ?", email.lower())
 
 
@@ -48,7 +51,8 @@ def sign_in(
 ) -> str:
     """Returns a new session's token. Raises AuthError.
 
-    `password` is the hash that was found to match: it took a while, and may have been changed since, to lock this out.
+    `password` is the hash that matched. Hashing takes long enough for the password to have been changed meanwhile, so
+    it is compared again here.
     """
     user = find_by_id(db, user_id)
     if user is None or user["password"] != password:
@@ -59,7 +63,7 @@ def sign_in(
 
 
 def set_password(db: Database, user_id: str, password: str, now: float) -> None:
-    """`password` is hashed. A user who had none can sign in with one from now on."""
+    """Also for a user who had no password."""
     db.execute(
         "INSERT INTO account (id, accountId, providerId, userId, password, createdAt, updatedAt)"
         " VALUES (:id, :user, :provider, :user, :password, :now, :now)"
@@ -69,7 +73,7 @@ def set_password(db: Database, user_id: str, password: str, now: float) -> None:
 
 
 def change_password(db: Database, user_id: str, password: str, now: float) -> None:
-    """With a new password all sessions end: it may have been chosen because somebody else knew the old one."""
+    """Sets a password and ends all sessions and resets: the old one may have been known to another person."""
     set_password(db, user_id, password, now)
     db.execute("DELETE FROM verification WHERE value = ?", [user_id])
     sessions.revoke_all(db, user_id)
@@ -80,12 +84,12 @@ def update_user(db: Database, user_id: str, changes: Mapping[str, str | None], n
 
 
 def accounts_of(db: Database, user_id: str) -> list[dict[str, Any]]:
-    """The ways in which the user may sign in."""
+    """The user's sign-in methods."""
     return list(db.query("SELECT * FROM account WHERE userId = ? ORDER BY createdAt", [user_id]))
 
 
 def open_reset(db: Database, user_id: str, now: float) -> str:
-    """Returns a token that opens one change of the password within the hour. It is stored hashed."""
+    """Returns a token for one password reset within the hour. It is stored hashed."""
     token = random_token(RESET_TOKEN_LENGTH)
     db.execute("DELETE FROM verification WHERE expiresAt <= ?", [iso(now)])
     db.table("verification").insert(
@@ -93,7 +97,7 @@ def open_reset(db: Database, user_id: str, now: float) -> str:
             "id": users.random_id(),
             "identifier": _identifier(token),
             "value": user_id,
-            "expiresAt": iso(now + RESET_LIVES_S),
+            "expiresAt": iso(now + RESET_LIFETIME_S),
             "createdAt": iso(now),
             "updatedAt": iso(now),
         }
@@ -107,7 +111,7 @@ def is_reset_open(db: Database, token: str, now: float) -> bool:
 
 
 def reset_password(db: Database, token: str, password: str, now: float) -> None:
-    """Uses the token up. Raises AuthError for one that was, or that is too old."""
+    """Uses the token up. Raises AuthError if it was used before or has expired."""
     rows = db.query(
         "DELETE FROM verification WHERE identifier = ? AND expiresAt > ? RETURNING value",
         [_identifier(token), iso(now)],
@@ -118,12 +122,13 @@ def reset_password(db: Database, token: str, password: str, now: float) -> None:
 
 
 def delete_user(db: Database, user_id: str, now: float) -> list[str]:
-    """Everything about a person goes; returns the names of files to delete.
+    """Deletes all personal data and returns the names of files to delete.
 
-    The bare row stays with the ledger and the jobs that the books need, and nobody can sign in to it.
+    The anonymised row stays, since the ledger and the jobs refer to it; it cannot be signed in to.
     """
-    for table, column in (("session", "userId"), ("account", "userId"), ("apikey", "referenceId")):
-        db.execute(f"DELETE FROM {table} WHERE {column} = ?", [user_id])  # noqa: S608 - the names are above
+    db.execute("DELETE FROM session WHERE userId = ?", [user_id])
+    db.execute("DELETE FROM account WHERE userId = ?", [user_id])
+    keys.delete_keys_of(db, user_id)
     db.execute("DELETE FROM verification WHERE value = ?", [user_id])
     db.execute(
         "UPDATE user SET name = 'deleted', email = id || '@deleted.invalid', image = NULL, emailVerified = 0,"

@@ -1,21 +1,16 @@
-"""Better Auth's errors: its statuses, codes and texts, as its clients match on them."""
+"""Better Auth's errors: the statuses, codes and texts that its clients match on."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from server.errors import PlantainError
 
 
 class AuthError(PlantainError):
-    """Its body is `{message, code}` in place of the envelope. Some upstream errors have no code."""
+    """An error of the sign-in routes. `code` is empty for the upstream errors that have none."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message, headers=headers)
         self.status, self.code = status, code
-
-    def body(self, request_id: str) -> dict[str, Any]:
-        body = {"message": self.message, "error": self.message}
-        return {**body, "code": self.code} if self.code else body
 
 
 def invalid_body(message: str) -> AuthError:
@@ -27,7 +22,7 @@ def unauthorized() -> AuthError:
 
 
 def invalid_credentials() -> AuthError:
-    """The same for a wrong password and for an unknown address."""
+    """The same for a wrong password and an unknown address, so that neither reveals which accounts exist."""
     return AuthError(401, "INVALID_EMAIL_OR_PASSWORD", "Invalid email or password")
 
 
@@ -49,6 +44,6 @@ def no_fields() -> AuthError:
 
 
 def too_many(retry_after_s: int) -> AuthError:
-    """Better Auth's own header, and the standard one."""
+    """With Better Auth's own header and the standard one."""
     headers = {"X-Retry-After": str(retry_after_s), "Retry-After": str(retry_after_s)}
     return AuthError(429, "", "Too many requests. Please try again later.", headers)

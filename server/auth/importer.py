@@ -1,7 +1,7 @@
-"""Brings people over from a Better Auth database in SQLite: users, passwords, live sessions and API keys.
+"""Imports users, passwords, live sessions and API keys from a Better Auth database in SQLite.
 
-Whoever is here already, by address or id, is left alone with all that is theirs: a second run changes nothing, and
-brings back nobody's revoked session or deleted key.
+A user who exists here already, by address or id, is skipped with all their rows: a second run changes nothing, and
+restores no revoked session or deleted key.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from server.accounts import ledger, users
+from server.accounts import keys, ledger, users
 from server.auth.credentials import PROVIDER
 from server.auth.secret import Secret, hash_of
 from server.errors import BadRequest
 from server.timestamps import instant, iso
 
 MILLISECONDS_FROM = 1e11
-"""Drivers that store dates as numbers use milliseconds or seconds; as seconds this would be the year 5138."""
+"""Numbers above this are milliseconds, others seconds: drivers differ. As seconds this would be the year 5138."""
 KEY_NUMBERS = (
     "refillInterval", "refillAmount", "rateLimitTimeWindow", "rateLimitMax", "requestCount", "remaining",
 )  # fmt: skip
@@ -29,7 +29,7 @@ KEY_NUMBERS = (
 
 @dataclass
 class ImportCounts:
-    """How many of each."""
+    """How many rows of each kind were imported."""
 
     users: int = 0
     passwords: int = 0
@@ -39,17 +39,17 @@ class ImportCounts:
 
 
 def import_database(db: Database, secret: Secret, source: Path, now: float) -> ImportCounts:
-    """Part of the caller's transaction. Raises BadRequest for what is no such database."""
+    """Part of the caller's transaction. Raises BadRequest if `source` is not a Better Auth database."""
     counts = ImportCounts()
-    with _opened(source) as theirs:
-        for user in _rows(theirs, "user"):
+    with _open_source(source) as source_db:
+        for user in _rows(source_db, "user"):
             if not _add_user(db, user, now):
                 counts.skipped += 1
                 continue
             counts.users += 1
-            counts.passwords += _add_password(db, theirs, user["id"])
-            counts.sessions += _add_sessions(db, theirs, secret, user["id"], now)
-            counts.keys += _add_keys(db, theirs, user["id"], now)
+            counts.passwords += _add_password(db, source_db, user["id"])
+            counts.sessions += _add_sessions(db, source_db, secret, user["id"], now)
+            counts.keys += _add_keys(db, source_db, user["id"], now)
     return counts
 
 
@@ -58,7 +58,7 @@ def summary(counts: ImportCounts) -> str:
 
 
 def _add_user(db: Database, user: Mapping[str, Any], now: float) -> bool:
-    """False where there is one with this address or id, or the row has none."""
+    """False if a user with this address or id exists, or the row has no address."""
     email = str(user.get("email") or "").lower()
     known = db.query("SELECT 1 FROM user WHERE id = ? OR lower(email) = ?", [user["id"], email])
     if not email or next(iter(known), None):
@@ -82,17 +82,19 @@ def _add_user(db: Database, user: Mapping[str, Any], now: float) -> bool:
     return True
 
 
-def _add_password(db: Database, theirs: Database, user_id: str) -> int:
-    rows = [row for row in _rows(theirs, "account", user_id) if row["providerId"] == PROVIDER and row.get("password")]
+def _add_password(db: Database, source_db: Database, user_id: str) -> int:
+    rows = [
+        row for row in _rows(source_db, "account", user_id) if row["providerId"] == PROVIDER and row.get("password")
+    ]
     for row in rows[:1]:
         names = ("id", "accountId", "providerId", "userId", "password")
         db.table("account").insert({**{name: row[name] for name in names}, **_dates(row)})
     return len(rows[:1])
 
 
-def _add_sessions(db: Database, theirs: Database, secret: Secret, user_id: str, now: float) -> int:
-    """Their cookies go on working where the secret was counts as well."""
-    live = [row for row in _rows(theirs, "session", user_id) if (_date(row["expiresAt"]) or "") > iso(now)]
+def _add_sessions(db: Database, source_db: Database, secret: Secret, user_id: str, now: float) -> int:
+    """Cookies of imported sessions stay valid if this server has the other one's secret."""
+    live = [row for row in _rows(source_db, "session", user_id) if (_date(row["expiresAt"]) or "") > iso(now)]
     for row in live:
         db.table("session").insert(
             {
@@ -109,12 +111,13 @@ def _add_sessions(db: Database, theirs: Database, secret: Secret, user_id: str, 
     return len(live)
 
 
-def _add_keys(db: Database, theirs: Database, user_id: str, now: float) -> int:
-    """Keys are stored hashed, as here; those that have expired are left behind. `userId` was the name before 1.5."""
-    rows = [*_rows(theirs, "apikey", user_id, "referenceId"), *_rows(theirs, "apikey", user_id, "userId")]
+def _add_keys(db: Database, source_db: Database, user_id: str, now: float) -> int:
+    """Both servers store keys hashed alike. Expired ones are skipped. `userId` is the column's name before 1.5."""
+    rows = [*_rows(source_db, "apikey", user_id, "referenceId"), *_rows(source_db, "apikey", user_id, "userId")]
     live = [row for row in rows if row.get("expiresAt") is None or (_date(row["expiresAt"]) or "") > iso(now)]
     for row in live:
-        db.table("apikey").insert(
+        keys.insert_key(
+            db,
             {
                 "id": row["id"],
                 "configId": row.get("configId") or "default",
@@ -129,35 +132,37 @@ def _add_keys(db: Database, theirs: Database, user_id: str, now: float) -> int:
                 **{name: _date(row.get(name)) for name in ("lastRequest", "lastRefillAt", "expiresAt")},
                 **{name: _json(row.get(name)) for name in ("permissions", "metadata")},
                 **_dates(row),
-            }
+            },
         )
     return len(live)
 
 
 @contextmanager
-def _opened(source: Path) -> Iterator[Database]:
-    """The other database, read-only."""
+def _open_source(source: Path) -> Iterator[Database]:
+    """The source database, read-only."""
     connection = sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True)
     try:
-        theirs = Database(connection)
-        if missing := {"user", "session", "account"} - set(theirs.table_names()):
-            raise BadRequest(f"{source} is no Better Auth database: it has no table {min(missing)!r}.")
-        yield theirs
+        source_db = Database(connection)
+        if missing := {"user", "session", "account"} - set(source_db.table_names()):
+            raise BadRequest(f"{source} is not a Better Auth database: it has no table {min(missing)!r}.")
+        yield source_db
     except sqlite3.DatabaseError as error:
-        raise BadRequest(f"{source} cannot be counts over: {error}.") from None
+        raise BadRequest(f"{source} cannot be imported: {error}.") from None
     finally:
         connection.close()
 
 
-def _rows(theirs: Database, table: str, user_id: str | None = None, owner: str = "userId") -> Iterator[dict[str, Any]]:
-    """All rows, or one user's; none where there is no such table or column, as plugins bring their own."""
-    if table not in theirs.table_names():
+def _rows(
+    source_db: Database, table: str, user_id: str | None = None, owner: str = "userId"
+) -> Iterator[dict[str, Any]]:
+    """All rows of a table, or one user's; none if the table or column is missing: plugins add their own."""
+    if table not in source_db.table_names():
         return iter(())
     if user_id is None:
-        return iter(list(theirs.table(table).rows))
-    if owner not in theirs.table(table).columns_dict:
+        return iter(list(source_db.table(table).rows))
+    if owner not in source_db.table(table).columns_dict:
         return iter(())
-    return iter(list(theirs.table(table).rows_where(f'"{owner}" = ?', [user_id])))
+    return iter(list(source_db.table(table).rows_where(f'"{owner}" = ?', [user_id])))
 
 
 def _dates(row: Mapping[str, Any]) -> dict[str, str]:
@@ -165,7 +170,7 @@ def _dates(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _date(value: object) -> str | None:
-    """ISO text, or a number, as our own ISO text."""
+    """A date, as ISO text or a number, in our ISO format; None for anything else."""
     if isinstance(value, int | float):
         return iso(value / 1000 if value > MILLISECONDS_FROM else value)
     try:
@@ -175,7 +180,7 @@ def _date(value: object) -> str | None:
 
 
 def _json(value: object) -> str | None:
-    """JSON text that can be read again, or nothing."""
+    """The text if it is valid JSON, else None."""
     try:
         return value if isinstance(value, str) and json.loads(value) is not None else None
     except ValueError:

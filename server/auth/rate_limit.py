@@ -1,10 +1,10 @@
-"""How often one address may call `/api/auth`: what keeps a guesser from trying passwords."""
+"""Rate limit of `/api/auth` by client address, against password guessing."""
 
 import ipaddress
 import math
 from collections import OrderedDict, deque
 
-EVERY = (100, 10.0)
+DEFAULT_RULE = (100, 10.0)
 RULES = {
     "sign-in": (3, 10.0),
     "sign-up": (3, 10.0),
@@ -17,33 +17,33 @@ RULES = {
     "reset-password": (3, 60.0),
     "send-verification-email": (3, 60.0),
 }
-"""Calls and seconds, by the first part of the path. Upstream leaves three of them unlimited that also test a secret."""
-MOST_KEPT = 50_000
+"""(calls, seconds) by the first part of the path. Upstream does not limit three of these that check a secret too."""
+MAX_ENTRIES = 50_000
 
 
 class SignInRateLimiter:
-    """Moving windows, in memory: a restart forgives. The address that was quiet longest is forgotten first."""
+    """Moving windows per address and path, in memory: a restart clears them. The least recently used go first."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[tuple[str, str], deque[float]] = OrderedDict()
+        self._calls: OrderedDict[tuple[str, str], deque[float]] = OrderedDict()
 
     def retry_after_s(self, address: str, path: str, now: float) -> int:
-        """Count a call, and 0; or do not count it, and the whole seconds until it would be taken."""
-        most, window_s = RULES.get(path.strip("/").split("/")[0], EVERY)
-        times = self._seen.setdefault((network_of(address), path), deque())
-        self._seen.move_to_end((network_of(address), path))
-        while len(self._seen) > MOST_KEPT:
-            self._seen.popitem(last=False)
+        """Counts a call and returns 0, or refuses it and returns the whole seconds until one is allowed."""
+        max_calls, window_s = RULES.get(path.strip("/").split("/")[0], DEFAULT_RULE)
+        times = self._calls.setdefault((network_of(address), path), deque())
+        self._calls.move_to_end((network_of(address), path))
+        while len(self._calls) > MAX_ENTRIES:
+            self._calls.popitem(last=False)
         while times and times[0] <= now - window_s:
             times.popleft()
-        if len(times) >= most:
+        if len(times) >= max_calls:
             return max(1, math.ceil(times[0] + window_s - now))
         times.append(now)
         return 0
 
 
 def network_of(address: str) -> str:
-    """One who has an IPv6 address has 2^64 of them."""
+    """The unit that is limited: an IPv4 address, or an IPv6 /64 network, which one client has all of."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The server's one secret, and what it makes: signatures, hashed and sealed tokens."""
+"""The server's secret: cookie signatures and encrypted session tokens; random tokens and their hashes."""
 
 import base64
 import hashlib
@@ -18,16 +18,16 @@ SIGNATURE_LENGTH = 44
 
 @dataclass(frozen=True)
 class Secret:
-    """Better Auth's `secret`: cookies that were signed with it elsewhere go on working here."""
+    """Better Auth's `secret`: cookies that another server signed with it are valid here too."""
 
     text: str = field(repr=False)
 
     def sign(self, value: str) -> str:
-        """`value.signature`, not yet percent-encoded."""
+        """`value.signature` (HMAC-SHA256, base64), not percent-encoded."""
         return f"{value}.{base64.b64encode(self._mac(value)).decode()}"
 
     def unsign(self, signed: str) -> str | None:
-        """The value, or None if this secret did not sign it. Takes the percent-encoded form as well."""
+        """The value, or None if it was not signed with this secret. Accepts the percent-encoded form too."""
         text = unquote(signed) if "%" in signed else signed  # never unquote_plus: base64 has a `+`
         value, _, signature = text.rpartition(".")
         if not value or len(signature) != SIGNATURE_LENGTH or not signature.endswith("="):
@@ -35,10 +35,11 @@ class Secret:
         return value if hmac.compare_digest(self.sign(value).encode(), text.encode()) else None
 
     def seal(self, token: str, session_id: str) -> str:
-        """The token, readable with the secret only. A session id is used once, so its pad is too."""
+        """Encrypts a token with a one-time pad derived from the secret and the session id, which is never reused."""
         return self._xor(token.encode(), session_id).hex()
 
     def unseal(self, sealed: str, session_id: str) -> str:
+        """Decrypts what `seal` returned."""
         return self._xor(bytes.fromhex(sealed), session_id).decode()
 
     def _xor(self, data: bytes, session_id: str) -> bytes:
@@ -51,9 +52,9 @@ class Secret:
 
 
 def load(data: Path, environment: Mapping[str, str] = os.environ) -> Secret:
-    """`PLANTAIN_SECRET` or `BETTER_AUTH_SECRET`; else the one in the data folder, made on the first start."""
+    """`PLANTAIN_SECRET` or `BETTER_AUTH_SECRET`; else the one in the data folder, created on the first start."""
     chosen = environment.get("PLANTAIN_SECRET") or environment.get("BETTER_AUTH_SECRET")
-    return Secret(chosen or _kept(data / "secret"))
+    return Secret(chosen or _stored_secret(data / "secret"))
 
 
 def random_token(length: int = TOKEN_LENGTH) -> str:
@@ -61,12 +62,12 @@ def random_token(length: int = TOKEN_LENGTH) -> str:
 
 
 def hash_of(token: str) -> str:
-    """A token has 190 random bits, so no slow hash is needed."""
+    """SHA-256 in hex. A token has 190 random bits, so no slow hash is needed."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _kept(path: Path) -> str:
-    """Readable by its owner alone from the very first byte; two servers that start at once agree on it."""
+def _stored_secret(path: Path) -> str:
+    """The secret in `path`, created if missing: mode 0600 from the start, and atomically, for concurrent starts."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():

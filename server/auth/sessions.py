@@ -1,10 +1,7 @@
-"""The rows of sessions.
+"""The session table. Each function is one statement or part of its caller's transaction.
 
-`token` is the token's hash, as `Authorization: Bearer <token>` opens a session without any signature: a copy of the
-database must not be a bunch of keys. But /list-sessions has to give tokens back, for the client's
-`revokeSession({token})`: so `sealed` is the token, encrypted with the server's secret, which is not in the database.
-
-Each function is part of its caller's transaction, or one statement.
+The column `token` holds a hash: a copy of the database must not give access. /list-sessions must return tokens for the
+client's `revokeSession({token})`, so `sealed` holds the token encrypted with the secret, which is not in the database.
 """
 
 from collections.abc import Mapping
@@ -18,9 +15,9 @@ from server.auth.secret import Secret, hash_of, random_token
 from server.timestamps import instant, iso
 
 DAY_S = 24 * 3600
-LIVES_S, RENEWED_AFTER_S, FRESH_S = 7 * DAY_S, DAY_S, DAY_S
-SHORT_S = DAY_S
-"""How long one lives that was opened without "remember me"."""
+LIFETIME_S, RENEWAL_INTERVAL_S, FRESH_S = 7 * DAY_S, DAY_S, DAY_S
+SHORT_LIFETIME_S = DAY_S
+"""The lifetime of a session without "remember me"."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +36,40 @@ class Session:
 
     @property
     def is_short(self) -> bool:
-        return self.expires_at - self.updated_at <= SHORT_S
+        """Opened without "remember me"."""
+        return self.expires_at - self.updated_at <= SHORT_LIFETIME_S
 
     def is_fresh(self, now: float) -> bool:
+        """Opened within the last day: recent enough for sensitive actions."""
         return now - self.created_at < FRESH_S
 
     def is_due(self, now: float) -> bool:
-        return not self.is_short and self.expires_at - LIVES_S + RENEWED_AFTER_S <= now
+        """To be renewed."""
+        return not self.is_short and self.expires_at - LIFETIME_S + RENEWAL_INTERVAL_S <= now
 
 
 class SessionOptions(TypedDict):
-    """From where a session is opened, and for how long."""
+    """The client that opens a session, and whether it is remembered."""
 
     address: str
     agent: str
     remember: bool
 
 
-def open_session(db: Database, secret: Secret, user_id: str, now: float, **opening: Unpack[SessionOptions]) -> str:
-    """Returns the new session's token. The user's dead sessions are swept out on the way."""
+def open_session(db: Database, secret: Secret, user_id: str, now: float, **options: Unpack[SessionOptions]) -> str:
+    """Returns the new session's token. Also deletes the user's expired sessions."""
     token, session_id = random_token(), random_id()
     db.execute("DELETE FROM session WHERE userId = ? AND expiresAt <= ?", [user_id, iso(now)])
     db.table("session").insert(
         {
             "id": session_id,
-            "expiresAt": iso(now + (LIVES_S if opening["remember"] else SHORT_S)),
+            "expiresAt": iso(now + (LIFETIME_S if options["remember"] else SHORT_LIFETIME_S)),
             "token": hash_of(token),
             "sealed": secret.seal(token, session_id),
             "createdAt": iso(now),
             "updatedAt": iso(now),
-            "ipAddress": opening["address"],
-            "userAgent": opening["agent"],
+            "ipAddress": options["address"],
+            "userAgent": options["agent"],
             "userId": user_id,
         }
     )
@@ -77,7 +77,7 @@ def open_session(db: Database, secret: Secret, user_id: str, now: float, **openi
 
 
 def find(db: Database, token: str, now: float) -> Session | None:
-    """The live session of this token. A dead one's row is deleted. The look-up is by hash: its timing tells nothing."""
+    """The live session of this token. Deletes an expired one. The look-up is by hash: its duration reveals nothing."""
     for row in db.query(f"{SELECT} WHERE session.token = ?", [hash_of(token)]):
         session = _session(row, token)
         if session.expires_at > now and not is_banned(session.user, now):
@@ -87,7 +87,7 @@ def find(db: Database, token: str, now: float) -> Session | None:
 
 
 def of_user(db: Database, secret: Secret, user_id: str, now: float) -> list[Session]:
-    """Live ones, oldest first."""
+    """The user's live sessions, oldest first."""
     rows = db.query(
         f"{SELECT} WHERE session.userId = ? AND session.expiresAt > ? ORDER BY session.createdAt, session.rowid",
         [user_id, iso(now)],
@@ -97,22 +97,22 @@ def of_user(db: Database, secret: Secret, user_id: str, now: float) -> list[Sess
 
 def renew(db: Database, session_id: str, now: float) -> None:
     db.execute(
-        "UPDATE session SET expiresAt = ?, updatedAt = ? WHERE id = ?", [iso(now + LIVES_S), iso(now), session_id]
+        "UPDATE session SET expiresAt = ?, updatedAt = ? WHERE id = ?", [iso(now + LIFETIME_S), iso(now), session_id]
     )
 
 
 def revoke(db: Database, user_id: str, token: str) -> None:
-    """Only the user's own."""
+    """Ends one of the user's own sessions; does nothing for another's."""
     db.execute("DELETE FROM session WHERE token = ? AND userId = ?", [hash_of(token), user_id])
 
 
-def revoke_all(db: Database, user_id: str, but: str = "") -> None:
-    """All of a user's sessions, or all but the one of the token `but`."""
-    db.execute("DELETE FROM session WHERE userId = ? AND token != ?", [user_id, hash_of(but)])
+def revoke_all(db: Database, user_id: str, except_token: str = "") -> None:
+    """Ends all of a user's sessions, or all but the one of `except_token`."""
+    db.execute("DELETE FROM session WHERE userId = ? AND token != ?", [user_id, hash_of(except_token)])
 
 
 def is_banned(user: Mapping[str, Any], now: float) -> bool:
-    """Banned for good, or not yet to the end."""
+    """Banned, and the ban has not expired."""
     return bool(user["banned"]) and (user["banExpires"] is None or user["banExpires"] > iso(now))
 
 

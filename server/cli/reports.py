@@ -57,7 +57,7 @@ def show_usage(
 def list_acts(limit: int = 30, data: Data = DATA) -> None:
     """What admins did, the newest first."""
     with open_database(data) as db:
-        rows = admin.entries(db, None, limit)
+        rows = admin.audit_entries(db, None, limit)
     for row in rows:
         row["at"] = iso(row["created_at"])
     print_table(rows, ["at", "actor", "act", "subject", "detail"])

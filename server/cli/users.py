@@ -91,7 +91,7 @@ def create_key(
 def list_keys(data: Data = DATA) -> None:
     """All keys, by their first letters."""
     with open_database(data) as db:
-        rows = keys.keys(db)
+        rows = keys.list_keys(db)
     for row in rows:
         row["works"] = "yes" if row["enabled"] else "revoked"
         row["scopes"] = " ".join(sorted(keys.scopes_of(row["permissions"]) or ()))
@@ -148,8 +148,8 @@ Password = Annotated[str, typer.Option(prompt=True, confirmation_prompt=True, hi
 @users_app.command("password")
 def set_password(email: str, password: Password, data: Data = Path("data")) -> None:
     """Let a user sign in with this password, and end their sessions. The owner has none at first."""
-    if not passwords.SHORTEST <= passwords.length_of(password) <= passwords.LONGEST:
-        raise typer.BadParameter(f"a password has {passwords.SHORTEST} to {passwords.LONGEST} characters")
+    if not passwords.MIN_LENGTH <= passwords.length_of(password) <= passwords.MAX_LENGTH:
+        raise typer.BadParameter(f"a password has {passwords.MIN_LENGTH} to {passwords.MAX_LENGTH} characters")
     with open_database(data) as db:
         user_id = users.user_by_email(db, email)
         credentials.change_password(db, user_id, passwords.hash_password(password), time.time())

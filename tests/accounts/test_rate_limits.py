@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.accounts import keys, ledger, rate_limits, users
+from server.accounts.keys import KeyLimit
 from server.accounts.plans import Plan, Plans, PlansError
-from server.accounts.rate_limits import KeyLimit
 from server.db.database import Database
 from server.errors import RateLimited, UsageExceeded
 from server.jobs.store import JobStore
@@ -247,8 +247,7 @@ def test_what_a_wrong_clock_wrote_in_the_far_future_locks_nobody_out(store: JobS
 
 def test_a_key_made_for_so_many_calls_makes_no_more(store: JobStore):
     user = users.create_user(store.db, "Ada", "ada@example.com", NOW)
-    keys.create_key(store.db, user, "few", NOW)
-    key_id = keys.keys(store.db)[0]["id"]
+    key_id, _ = keys.create_key(store.db, user, "few", NOW)
     store.db.execute("UPDATE apikey SET remaining = 1 WHERE id = ?", [key_id])
     rate_limits.count_call(store.db, user, Plan("x"), KeyLimit(key_id, remaining_calls=1), NOW)
     with pytest.raises(UsageExceeded):

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.catalog.catalog import Credits
 from server.accounts.pricing import FalPrice, PricesError, fal_prices, price_of
-from server.api.dependencies import LONGEST_DAYS
+from server.api.dependencies import MAX_DAYS
 from tests.support.app import NOW, InProcessApp, app_test
 from tests.support.weights_samples import a_model
 
@@ -50,7 +50,7 @@ async def test_days_are_chosen(app: InProcessApp):
     assert found["totals"]["calls"] == 3
     for query in ("from=2026-09-22&to=2026-09-21", "from=2024-01-01&to=2026-01-01", "from=yesterday"):
         assert (await ada.get(f"/api/usage?{query}")).json()["code"] == "VALIDATION_ERROR"
-    assert LONGEST_DAYS == 366
+    assert MAX_DAYS == 366
 
 
 @app_test()

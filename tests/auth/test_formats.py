@@ -101,7 +101,7 @@ def test_nobodys_password_takes_the_same_work_and_never_matches(monkeypatch: pyt
     monkeypatch.setattr(passwords, "_scrypt", lambda text, salt: worked.append(text) or real(text, salt))
 
     async def tell() -> None:
-        checker = Passwords(at_once=1)
+        checker = Passwords(threads=1)
         assert not await checker.matches(None, "guess")
         assert await checker.matches(HASH, "Pässwörd fi 🍌")
         checker.close()

@@ -115,7 +115,7 @@ def test_work_that_breaks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
         await box.wait()
 
     asyncio.run(tell())
-    assert "A mail could not be made: RuntimeError" in caplog.text
+    assert "A mail could not be prepared: RuntimeError" in caplog.text
 
 
 def test_no_header_can_be_slipped_in():

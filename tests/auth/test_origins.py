@@ -7,7 +7,7 @@ from server import settings
 from server.api import origins
 from server.api.origins import Origins
 from server.auth.errors import AuthError
-from server.auth.rate_limit import MOST_KEPT, SignInRateLimiter, network_of
+from server.auth.rate_limit import MAX_ENTRIES, SignInRateLimiter, network_of
 from server.errors import InvalidOrigin
 from server.settings import Settings
 
@@ -63,7 +63,7 @@ def test_trust(origin: str, trusted: bool):
     ],
 )
 def test_where_people_may_be_sent(url: str, may: bool):
-    assert ORIGINS.may_lead_to(url) is may
+    assert ORIGINS.may_redirect_to(url) is may
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,6 @@ def test_whoever_has_a_network_counts_once():
 
 def test_memory_is_bounded():
     sign_in_limiter = SignInRateLimiter()
-    for number in range(MOST_KEPT + 10):
+    for number in range(MAX_ENTRIES + 10):
         sign_in_limiter.retry_after_s(str(number), "/ok", 0)
-    assert len(sign_in_limiter._seen) == MOST_KEPT
+    assert len(sign_in_limiter._calls) == MAX_ENTRIES

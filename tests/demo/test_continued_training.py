@@ -79,11 +79,15 @@ def test_clips_from_words_begin_at_the_first_stop_and_those_that_go_on_anywhere(
 
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few scenes to learn from, few in a batch."""
+    """Few scenes to learn from, few in a batch, pictures of 64 x 64 pixels and clips of 9 frames."""
     monkeypatch.setattr(flux, "BATCH", 2)
     monkeypatch.setattr(flux, "SQUARE_POOL", 6)
     monkeypatch.setattr(flux, "POOL", 6)
-    for family in (demo_ltx, demo_wan):
+    monkeypatch.setattr(flux, "SQUARE", (2, 2))
+    monkeypatch.setattr(flux, "GRIDS", ((2, 2),))
+    for family, clip in ((demo_ltx, (2, 8, 8)), (demo_wan, (3, 16, 16))):
+        monkeypatch.setattr(family, "CLIP", clip)
+        monkeypatch.setattr(family, "SHAPES", (clip,))
         monkeypatch.setattr(family, "POOLS", {})
         monkeypatch.setattr(family, "POOL", family.DRAWN)
 

@@ -17,9 +17,11 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Kind
 from PIL import Image
 
+from pipelines import diffusion
 from pipelines.base import TIERS, ExecutionMode, Weights
 from pipelines.catalog.reader import load_catalog
 from pipelines.flux import build
@@ -38,6 +40,14 @@ from tests.support.tiny.gguf import tensors_of, write_gguf
 
 PROMPT = "a large red circle on a blue background"
 DEMO = PROJECT / "weights/demo/flux"
+FLOAT32_VAE = 'dtypes = { vae = "float32" }'
+"""bfloat16 takes a processor without instructions for it twenty times as long."""
+COMPILES = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("g++") is None and os.environ.get("CI") != "true", reason="torch.compile needs a compiler"
+    ),
+]
 
 
 def shows(picture: Any, shape: str = "circle", colour: str = "red", background: str = "blue") -> bool:
@@ -72,7 +82,8 @@ def test_in_each_tier(demo: Weights, tier: str):
     assert shows(make(demo, Residency("cpu", copies_to_device=True), tier))
 
 
-def test_after_ten_swaps_with_another_model(demo: Weights, tmp_path: Path):
+@pytest.mark.parametrize("swaps", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_after_swaps_with_another_model(demo: Weights, tmp_path: Path, swaps: int):
     """Each evicts the other, and leaves its bytes on the host."""
     folder = tiny_flux.make_flux(tmp_path / "flux", "dev")
     (tmp_path / "weights.toml").write_text(table("flux", folder))
@@ -83,7 +94,7 @@ def test_after_ten_swaps_with_another_model(demo: Weights, tmp_path: Path):
     residency = Residency("cpu", copies_to_device=True)
     first = make(demo, residency)
     assert shows(first)
-    for _ in range(10):
+    for _ in range(swaps):
         residency.evict_all()
         assert not shows(make(other, residency)), "random weights draw nothing of the kind"
         residency.evict_all()
@@ -93,12 +104,12 @@ def test_after_ten_swaps_with_another_model(demo: Weights, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["gguf", "nf4", "fp8-layerwise"])
 def test_quantised(kind: str, tmp_path: Path):
-    text = table("flux", DEMO)
+    text = table("flux", DEMO, FLOAT32_VAE)
     if kind == "gguf":
         file = write_gguf(tmp_path / "q8.gguf", tensors_of(DEMO / "transformer"), Kind.Q8_0)
         text += table("other", file, 'quantisation = "gguf"\nbase = "flux"')
     else:
-        text += table("other", DEMO, f'quantisation = "{kind}"')
+        text += table("other", DEMO, f'{FLOAT32_VAE}\nquantisation = "{kind}"')
     (tmp_path / "weights.toml").write_text(text)
     catalog = load_catalog(tmp_path / "weights.toml")
     for model in catalog.models.values():
@@ -110,10 +121,12 @@ def test_quantised(kind: str, tmp_path: Path):
     assert shows(make(quantised, Residency("cpu")))
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None and os.environ.get("CI") != "true", reason="torch.compile needs a compiler"
-)
-def test_compiled(demo: Weights):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=COMPILES)])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+def test_compiled(demo: Weights, backend: str, monkeypatch: pytest.MonkeyPatch):
+    """`eager` runs the graphs that the compiler would be given."""
+    torch.compiler.reset()
+    monkeypatch.setattr(diffusion, "BACKEND", backend)
     assert shows(make(replace(demo, compiled=True), Residency("cpu")))
 
 

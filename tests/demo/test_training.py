@@ -10,6 +10,7 @@ from torch import nn
 from scripts.demo.training import learn
 
 STEPS = 260
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

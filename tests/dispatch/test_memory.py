@@ -1,5 +1,6 @@
 """Memory in a whole server: tiers by budget, tries after running out, bad luck with files and workers, the books."""
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from server.cli import app
 from server.scheduling.need import Shape, need_of
 from server.settings import Settings
 from server.workers.devices import DeviceSpec
+from server.workers.protocol import Evict
+from tests.support.app import serve_app
 from tests.support.server import GENERATE, LiveServer, running
 from tests.support.tiny import flux as tiny_flux
 
@@ -39,9 +42,16 @@ decode = {{ components = ["vae"], fixed_bytes = 1000, tiled_bytes = 500 }}
 """
 
 
-def install_test_models(folder: Path, *kinds: tiny_flux.FluxKind) -> Settings:
-    """A data folder with these models, their transformers of seven blocks, installed in place."""
-    made = {kind: tiny_flux.make_flux(folder / "made" / f"flux-{kind}", kind, single_layers=6) for kind in kinds}
+def install_test_models(folder: Path, *kinds: tiny_flux.FluxKind, larger: tuple[str, ...] = ()) -> Settings:
+    """A data folder with these models, their transformers of seven blocks, installed in place.
+
+    The `larger` have each one block more than the one before.
+    """
+    made: dict[str, Path] = {
+        kind: tiny_flux.make_flux(folder / "made" / f"flux-{kind}", kind, single_layers=6) for kind in kinds
+    }
+    for layers, name in enumerate(larger, 7):
+        made[name] = tiny_flux.make_flux(folder / "made" / f"flux-{name}", "dev", single_layers=layers)
     toml = folder / "weights.toml"
     toml.write_text("".join(MODEL.format(kind=kind, folder=path) for kind, path in made.items()))
     settings = Settings(data=folder / "data", weights_toml=toml)
@@ -132,6 +142,27 @@ def test_a_job_that_runs_out_goes_down_the_ladder_and_ends_well(
         assert device(live_server)["oomAttempts"][0] == last, "the next one begins where this one ended"
 
 
+def test_an_app_that_is_made_again_does_not_try_first_what_ran_out(tmp_path: Path):
+    """The same as the next test, without worker processes."""
+    settings = install_test_models(tmp_path, "dev")
+
+    async def generated(prompt: str, device: DeviceSpec) -> list[str]:
+        """The ways that have failed in all, in order."""
+        async with serve_app(settings, device=device) as it:
+            owner = it.owner()
+            answer = await owner.make(prompt, "hungry-dev")
+            assert answer.status_code == 200, answer.text
+            failed = (await owner.read("/api/admin/devices"))["devices"][0]["oomAttempts"]
+            return [each["mode"] for each in reversed(failed)]
+
+    [small], [large] = cpu(6 * 2**30), cpu(9 * 2**30)
+    failed = asyncio.run(generated("only staged", small))
+    assert failed == ["resident", "resident", "resident, tiled"]
+    assert asyncio.run(generated("only staged", small)) == failed
+    assert asyncio.run(generated("only resident", large)) == failed, "it is tried where there is more to give out"
+
+
+@pytest.mark.slow
 def test_what_ran_out_is_not_tried_first_again_after_a_restart(tmp_path: Path):
     settings = install_test_models(tmp_path, "dev")
     with running(settings) as first:
@@ -195,6 +226,36 @@ def where(settings: Settings) -> list[str]:
     return ["--data", str(settings.data), "--weights-toml", str(settings.weights_toml)]
 
 
+@pytest.fixture
+def give(live_server: LiveServer) -> Iterator[Callable[[int], None]]:
+    """Gives the device another budget, with nothing resident; afterwards it has its own again."""
+    worker = live_server.services.dispatcher.state.workers["cpu"]
+    kept = worker.budget_bytes
+
+    def give(budget_bytes: int) -> None:
+        live_server.until(lambda: worker.status == "idle")
+        for key in dict(worker.resident):
+            worker.remove({key})
+            worker.supervisor.send(Evict(key))
+        worker.budget_bytes = budget_bytes
+
+    yield give
+    give(kept)
+
+
+@pytest.mark.parametrize(("tier", "way"), [(0, "resident"), (1, "staged"), (2, "streamed")])
+def test_a_devices_budget_decides_the_tier_and_not_the_picture(
+    live_server: LiveServer, forgetful: None, settings: Settings, give: Callable[[int], None], tier: int, way: str
+):
+    expected = live_server.picture(generate(live_server, "a red circle").json()["imageUrl"]).tobytes()
+    give(need_bytes(settings, tier))
+    answer = generate(live_server, "a red circle")
+    assert answer.status_code == 200, answer.text
+    assert live_server.picture(answer.json()["imageUrl"]).tobytes() == expected
+    assert {each.way.tier for each in live_server.services.dispatcher.state.memory.peaks.of("hungry-dev")} >= {way}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("tier", "way"), [(0, "resident"), (1, "staged"), (2, "streamed")])
 def test_a_budget_decides_the_tier_and_not_the_picture(
     live_server: LiveServer, forgetful: None, tmp_path: Path, tier: int, way: str
@@ -211,12 +272,18 @@ def test_a_budget_decides_the_tier_and_not_the_picture(
 
 def test_a_budget_too_small_for_any_way_is_refused_with_the_numbers(tmp_path: Path):
     settings = install_test_models(tmp_path, "dev")
-    with running(settings, cpu(need_bytes(settings, 2) // 2)) as small:
-        before = small.balance()
-        answer = generate(small, "a red circle")
-        assert (answer.status_code, answer.json()["code"]) == (503, "DOES_NOT_FIT")
-        assert "GiB; the largest device here has" in answer.json()["error"]
-        assert small.balance() == before
+    [small] = cpu(need_bytes(settings, 2) // 2)
+
+    async def tell() -> None:
+        async with serve_app(settings, device=small) as it:
+            owner = it.owner()
+            before = await owner.balance()
+            answer = await owner.make("a red circle", "hungry-dev")
+            assert (answer.status_code, answer.json()["code"]) == (503, "DOES_NOT_FIT")
+            assert "GiB; the largest device here has" in answer.json()["error"]
+            assert await owner.balance() == before
+
+    asyncio.run(tell())
 
 
 def truncate(file: Path) -> None:
@@ -234,17 +301,30 @@ def remove(file: Path) -> None:
     file.unlink()
 
 
-@pytest.mark.parametrize("harm", [truncate, swap, remove])
-def test_weights_harmed_while_the_server_runs_are_not_used_and_others_are(tmp_path: Path, harm: Callable[[Path], None]):
-    settings = install_test_models(tmp_path, "dev", "schnell")
-    with running(settings) as it:
-        before = it.balance()
-        assert it.read("/api/models")["models"][0]["weights"] == "installed"
-        assert generate(it, "a red circle", "hungry-schnell").status_code == 200
-        it.services.registry.runnable("hungry-dev", 64 * 64)
-        harm(tmp_path / "made" / "flux-dev" / "transformer" / "diffusion_pytorch_model.safetensors")
-        answer = generate(it, "a red circle", "hungry-dev")
-        assert answer.status_code in (409, 500, 503), answer.text
-        assert answer.json()["code"] in ("MODEL_NOT_INSTALLED", "WEIGHTS_UNUSABLE"), answer.text
-        assert it.balance() == before - 2
-        assert generate(it, "a red circle", "hungry-schnell").status_code == 200
+HARMS = [truncate, swap, remove]
+
+
+@pytest.fixture(scope="module")
+def harmed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServer, Path]]:
+    """A server with a model for each harm, and where the weights lie."""
+    folder = tmp_path_factory.mktemp("harmed")
+    with running(install_test_models(folder, "schnell", larger=tuple(harm.__name__ for harm in HARMS))) as made:
+        yield made, folder / "made"
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_weights_harmed_while_the_server_runs_are_not_used_and_others_are(
+    harmed: tuple[LiveServer, Path], harm: Callable[[Path], None]
+):
+    it, made = harmed
+    model = f"hungry-{harm.__name__}"
+    before = it.balance()
+    assert {each["id"]: each["weights"] for each in it.read("/api/models")["models"]}[model] == "installed"
+    assert generate(it, "a red circle", "hungry-schnell").status_code == 200
+    it.services.registry.runnable(model, 64 * 64)
+    harm(made / f"flux-{harm.__name__}" / "transformer" / "diffusion_pytorch_model.safetensors")
+    answer = generate(it, "a red circle", model)
+    assert answer.status_code in (409, 500, 503), answer.text
+    assert answer.json()["code"] in ("MODEL_NOT_INSTALLED", "WEIGHTS_UNUSABLE"), answer.text
+    assert it.balance() == before - 2
+    assert generate(it, "a red circle", "hungry-schnell").status_code == 200

@@ -142,7 +142,8 @@ async def test_a_database_locked_by_another_process_holds_the_queue_up_and_loses
     other = sqlite3.connect(it.dispatcher.effects.files.root.parent / "plantain.sqlite")
     other.execute("BEGIN IMMEDIATE")
     it.worker().says(Succeeded("j1", 8, 8, 1.0))
-    await asyncio.sleep(0.2)
+    while not it.dispatcher.unhealthy_reason:
+        await it.settle()
     assert it.dispatcher.unhealthy_reason == "the database cannot be written: database is locked"
     assert not it.dispatcher.ready
     with pytest.raises(sqlite3.OperationalError, match="locked"):

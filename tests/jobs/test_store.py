@@ -122,7 +122,7 @@ def test_lists_go_from_new_to_old_page_by_page(store: JobStore, user: str):
 
 
 def test_keys_are_stored_hashed_and_stop_when_revoked_or_expired(store: JobStore, user: str):
-    key = keys.create_key(store.db, user, "laptop", NOW, expires_at=NOW + 60)
+    _, key = keys.create_key(store.db, user, "laptop", NOW, expires_at=NOW + 60)
     assert key.startswith("bnp_") and len(key) == 68
     assert key not in str(list(store.db.query("SELECT * FROM apikey")))
     assert keys.authenticate(store.db, key, NOW).user_id == user
@@ -130,7 +130,7 @@ def test_keys_are_stored_hashed_and_stop_when_revoked_or_expired(store: JobStore
         keys.authenticate(store.db, key, NOW + 60)
     with pytest.raises(InvalidApiKey):
         keys.authenticate(store.db, key + "x", NOW)
-    keys.revoke_key(store.db, keys.keys(store.db)[0]["id"], NOW)
+    keys.revoke_key(store.db, keys.list_keys(store.db)[0]["id"], NOW)
     with pytest.raises(KeyDisabled):
         keys.authenticate(store.db, key, NOW)
 

@@ -65,7 +65,10 @@ remove-bg = "cut"
 
 
 class InstantWorker:
-    """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once."""
+    """A supervisor whose worker ends a job as its prompt says: `fail CODE`, `hold` until `release`, else at once.
+
+    A job `only WAY` runs out of memory in every other way.
+    """
 
     def __init__(self, device: DeviceSpec, families: Any, on_event: Callable[[str, Any], None]) -> None:
         self.device, self.on_event = device, on_event
@@ -95,6 +98,8 @@ class InstantWorker:
         word, _, code = str(run.params.get("prompt", "")).partition(" ")
         if word == "fail":
             return self.emit(Failed(run.job_id, code, "It broke."))
+        if word == "only" and run.way.name != code:
+            return self.emit(Failed(run.job_id, "OUT_OF_MEMORY", "The device ran out of memory."))
         run.output.write_bytes(PNG)
         return self.emit(Succeeded(run.job_id, 64, 64, 0.5))
 
@@ -163,7 +168,7 @@ class InProcessApp:
 
     def add_key(self, user_id: str, **options: Any) -> ApiUser:
         with self.store.database.atomic() as db:
-            key = keys.create_key(db, user_id, "test", self.clock(), **options)
+            _, key = keys.create_key(db, user_id, "test", self.clock(), **options)
         return ApiUser(user_id, key, self.client(key))
 
     def owner(self) -> ApiUser:
@@ -198,10 +203,12 @@ def install_test_models(folder: Path) -> Settings:
 
 
 @asynccontextmanager
-async def serve_app(settings: Settings, clock: Clock | None = None) -> AsyncIterator[InProcessApp]:
+async def serve_app(
+    settings: Settings, clock: Clock | None = None, device: DeviceSpec = CPU
+) -> AsyncIterator[InProcessApp]:
     """Serve `settings` in this event loop until the block ends."""
     clock = clock or Clock()
-    made = services.build_services(settings, [CPU], clock, spawn=InstantWorker)  # type: ignore[arg-type]
+    made = services.build_services(settings, [device], clock, spawn=InstantWorker)  # type: ignore[arg-type]
     app = InProcessApp(made, clock)
     await made.start()
     await app.settle()

@@ -61,13 +61,13 @@ class LiveServer:
             return []
 
 
-def strike(folder: Path, kills: int, seed: int = 0) -> Toll:
-    """So many kills, then a start that finishes what is left, and the books."""
+def strike(folder: Path, kills: int, seed: int = 0, successes: int = 0) -> Toll:
+    """So many kills, time for so many jobs to succeed, then a start that finishes what is left, and the books."""
     rng, made, live_server = random.Random(seed), Counter[str](), LiveServer(folder)
     live_server.start()
     while made.total() < kills:
         if rng.random() < BUSY_SHARE:
-            until(lambda: running(folder) > 0)
+            until(lambda: count(folder, "running") > 0)
         time.sleep(rng.uniform(0, 0.05))
         workers = live_server.workers()
         if rng.random() < SERVER_SHARE:
@@ -78,6 +78,7 @@ def strike(folder: Path, kills: int, seed: int = 0) -> Toll:
         elif workers:
             kill_quietly(rng.choice(workers))
             made["worker"] += 1
+    until(lambda: count(folder, "succeeded") >= successes)
     os.kill(live_server.process.pid, signal.SIGKILL)  # type: ignore[union-attr, arg-type]
     live_server.process.join()  # type: ignore[union-attr]
     last = live_server.start(finish=True)
@@ -114,9 +115,9 @@ def audit(folder: Path, kills: Counter[str]) -> Toll:
     return Toll(kills, Counter(job["status"] for job in jobs.values()), lost)
 
 
-def running(folder: Path) -> int:
+def count(folder: Path, status: str) -> int:
     with contextlib.closing(sqlite3.connect(folder / "plantain.sqlite", timeout=PATIENCE_S)) as db:
-        return db.execute("SELECT count(*) FROM job WHERE status = 'running'").fetchone()[0]
+        return db.execute("SELECT count(*) FROM job WHERE status = ?", [status]).fetchone()[0]
 
 
 def accepted(folder: Path) -> set[str]:

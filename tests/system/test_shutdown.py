@@ -31,6 +31,12 @@ class Served:
         while self.client.get(f"/api/jobs/{job_id}").json()["status"] != "running":
             time.sleep(0.02)
 
+    def ask_to_stop(self) -> None:
+        """Returns once the process has said that it was asked."""
+        assert self.process.stderr
+        self.process.send_signal(signal.SIGTERM)
+        assert any("SIGTERM" in line for line in self.process.stderr)
+
     def rows(self) -> list[tuple[str, int]]:
         with closing(sqlite3.connect(self.folder / "data/plantain.sqlite")) as db:
             return db.execute("SELECT status, attempts FROM job ORDER BY seq").fetchall()
@@ -39,7 +45,7 @@ class Served:
 @contextmanager
 def serving(folder: Path, patience_s: float = 30.0) -> Iterator[Served]:
     command = [sys.executable, "-m", "tests.support.graceful_server", str(folder), str(patience_s)]
-    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         served = Served(process, folder)
         with served.client:
@@ -47,16 +53,16 @@ def serving(folder: Path, patience_s: float = 30.0) -> Iterator[Served]:
     finally:
         process.kill()
         process.wait()
-        assert process.stdout
+        assert process.stdout and process.stderr
         process.stdout.close()
+        process.stderr.close()
 
 
 def test_the_running_job_is_finished_and_the_waiting_one_stays(tmp_path: Path):
     with serving(tmp_path) as it:
         first, _ = it.submit("slow 1.5"), it.submit("work")
         it.until_running(first)
-        it.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        it.ask_to_stop()
         assert it.client.get("/healthz").status_code == 200, "it answers while it waits"
         assert it.client.post(GENERATE, json={"prompt": "x", "model": "plain"}).status_code == 503
         assert it.process.wait(20) in (0, -signal.SIGTERM)
@@ -66,8 +72,7 @@ def test_the_running_job_is_finished_and_the_waiting_one_stays(tmp_path: Path):
 def test_a_second_signal_ends_it_at_once_and_costs_no_attempt(tmp_path: Path):
     with serving(tmp_path) as it:
         it.until_running(it.submit("slow 60"))
-        it.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        it.ask_to_stop()
         started = time.monotonic()
         it.process.send_signal(signal.SIGTERM)
         it.process.wait(20)

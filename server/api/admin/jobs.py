@@ -1,3 +1,5 @@
+"""Admin routes: the jobs of all users, and their priority in the queue."""
+
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
@@ -12,8 +14,7 @@ from server.api.dependencies import (
     Limit,
     ServicesDep,
     StrictBody,
-    _note,
-    admin,
+    admin_caller,
     audited,
     body_of,
     schema_of,
@@ -24,6 +25,9 @@ from server.jobs.job import Job
 from server.services import Services
 
 router = APIRouter(prefix="/api/admin")
+
+FRONT = 1000
+"""The priority of a job that was moved to the front."""
 
 
 @router.get("/jobs")
@@ -36,7 +40,7 @@ async def list_jobs(
     user: str | None = None,
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"] | None = None,
 ) -> JSONResponse:
-    """Everyone's, the newest first."""
+    """Newest first."""
     jobs = await services.database.call(services.jobs.jobs, user, cursor, limit, status)
     return JSONResponse(paginated("jobs", [_job_json(services, job, base_url) for job in jobs], limit))
 
@@ -48,10 +52,10 @@ async def read_job(job_id: str, _: Admin, services: ServicesDep, base_url: BaseU
 
 @router.post("/jobs/{job_id}/cancel")
 async def cancel_job(job_id: str, caller: Admin, services: ServicesDep, base_url: BaseUrl) -> JSONResponse:
-    """As its owner's cancel does, and the credits go back to the owner."""
+    """As its owner's cancel does. The credits are refunded to the owner."""
     job = await _job(services, job_id)
     if not job.is_final:
-        await audited(services, caller, AdminContext.note, "jobs.cancel", job_id, user=job.user_id)
+        await audited(services, caller, AdminContext.record, "jobs.cancel", job_id, user=job.user_id)
         job = await services.dispatcher.cancel(job_id)
     return JSONResponse(_job_json(services, job, base_url), status_code=200 if job.is_final else 202)
 
@@ -67,30 +71,29 @@ async def _job(services: Services, job_id: str) -> Job:
         raise NotFound(f"There is no job {job_id!r}.") from None
 
 
-FRONT = 1000
-"""The priority of a job that was moved to the front."""
-
-
 class Priority(StrictBody):
     priority: Annotated[int, Field(ge=-FRONT, le=FRONT)]
 
 
 @router.post("/jobs/{job_id}/front")
 async def move_to_front(job_id: str, caller: Admin, services: ServicesDep) -> JSONResponse:
-    return await _prioritise(services, caller, job_id, FRONT)
+    return await _set_priority(services, caller, job_id, FRONT)
 
 
 @router.post("/jobs/{job_id}/priority", openapi_extra=schema_of(Priority))
-async def prioritise(
-    job_id: str, caller: Admin, services: ServicesDep, body: Annotated[Priority, Depends(body_of(Priority, admin))]
+async def set_priority(
+    job_id: str,
+    caller: Admin,
+    services: ServicesDep,
+    body: Annotated[Priority, Depends(body_of(Priority, admin_caller))],
 ) -> JSONResponse:
-    """Over zero goes before all others, under zero behind them."""
-    return await _prioritise(services, caller, job_id, body.priority)
+    """A job over zero starts before all others, one under zero after them."""
+    return await _set_priority(services, caller, job_id, body.priority)
 
 
-async def _prioritise(services: Services, caller: Caller, job_id: str, priority: int) -> JSONResponse:
+async def _set_priority(services: Services, caller: Caller, job_id: str, priority: int) -> JSONResponse:
     if job_id not in services.dispatcher.status.queue:
-        raise NotFound(f"No job {job_id!r} waits here.")
+        raise NotFound(f"No job {job_id!r} is waiting.")
     job = await services.dispatcher.set_priority(job_id, priority)
-    await _note(services, caller, "jobs.priority", job_id, priority=priority)
+    await audited(services, caller, AdminContext.record, "jobs.priority", job_id, priority=priority)
     return JSONResponse({"id": job.id, "status": job.status, "priority": job.priority})

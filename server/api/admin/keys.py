@@ -1,4 +1,4 @@
-"""Running the server, part two: everyone's API keys."""
+"""Admin routes: the API keys of all users."""
 
 from typing import Annotated, Any, Literal
 
@@ -7,8 +7,7 @@ from fastapi.responses import JSONResponse
 from pydantic import AwareDatetime, Field
 
 from server.accounts import admin, keys
-from server.api import dependencies
-from server.api.dependencies import Admin, Name, ServicesDep, StrictBody, audited, body_of, schema_of
+from server.api.dependencies import Admin, Name, ServicesDep, StrictBody, admin_caller, audited, body_of, schema_of
 from server.services import Services
 
 router = APIRouter(prefix="/api/admin/keys")
@@ -26,7 +25,7 @@ class NewKey(StrictBody):
 
 
 class KeyChange(StrictBody):
-    """What is left out stays; an explicit null lifts a limit."""
+    """Fields left out stay as they are; an explicit null lifts a limit."""
 
     name: Name | None = None
     scopes: Scopes | None = None
@@ -35,18 +34,26 @@ class KeyChange(StrictBody):
 
 @router.get("")
 async def list_keys(_: Admin, services: ServicesDep, user: str | None = None) -> JSONResponse:
-    rows = await services.database.run(keys.keys, user)
+    rows = await services.database.run(keys.list_keys, user)
     return JSONResponse({"keys": [key_json(row) for row in rows], "nextCursor": None})
 
 
 @router.post("", openapi_extra=schema_of(NewKey))
 async def create_key(
-    caller: Admin, services: ServicesDep, body: Annotated[NewKey, Depends(body_of(NewKey, dependencies.admin))]
+    caller: Admin, services: ServicesDep, body: Annotated[NewKey, Depends(body_of(NewKey, admin_caller))]
 ) -> JSONResponse:
-    """The only answer with the key in clear."""
-    expires_at = body.expires_at and body.expires_at.timestamp()
-    options = {"expires_at": expires_at, "scopes": body.scopes, "per_minute": body.per_minute}
-    key_id, key = await audited(services, caller, admin.create_key, body.user_id, body.name, **options)
+    """The only response with the key in clear."""
+    expires_at = body.expires_at.timestamp() if body.expires_at else None
+    key_id, key = await audited(
+        services,
+        caller,
+        admin.create_key,
+        body.user_id,
+        body.name,
+        expires_at=expires_at,
+        scopes=body.scopes,
+        per_minute=body.per_minute,
+    )
     return JSONResponse({**await _key(services, key_id), "key": key}, status_code=201)
 
 
@@ -55,7 +62,7 @@ async def change_key(
     key_id: str,
     caller: Admin,
     services: ServicesDep,
-    body: Annotated[KeyChange, Depends(body_of(KeyChange, dependencies.admin))],
+    body: Annotated[KeyChange, Depends(body_of(KeyChange, admin_caller))],
 ) -> JSONResponse:
     await audited(services, caller, admin.change_key, key_id, **body.model_dump(exclude_unset=True))
     return JSONResponse(await _key(services, key_id))
@@ -63,7 +70,7 @@ async def change_key(
 
 @router.delete("/{key_id}")
 async def revoke_key(key_id: str, caller: Admin, services: ServicesDep) -> JSONResponse:
-    """It stops working at once, and stays in the list."""
+    """The key stops working at once, and stays in the list."""
     await audited(services, caller, admin.revoke_key, key_id)
     return JSONResponse(await _key(services, key_id))
 
@@ -86,4 +93,4 @@ def key_json(row: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _key(services: Services, key_id: str) -> dict[str, Any]:
-    return key_json(await services.database.run(keys.key, key_id))
+    return key_json(await services.database.run(keys.find_key, key_id))

@@ -5,10 +5,10 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from server.accounts.admin import AdminContext
 from server.accounts.users import Caller
-from server.api.dependencies import Admin, ServicesDep, _note
+from server.api.dependencies import Admin, ServicesDep, audited
 from server.dispatch import status
-from server.dispatch.worker_state import WorkerState
 from server.errors import NotFound
 from server.jobs import store
 from server.services import Services
@@ -42,7 +42,7 @@ async def read_queue(_: Admin, services: ServicesDep) -> JSONResponse:
             "jobs": [
                 _waiting(services, job_id) for job_id in sorted(positions, key=positions.__getitem__)[:MAX_JOBS_SHOWN]
             ],
-            "devices": [_device(services, worker) for worker in view.workers.values()],
+            "devices": [_device(services, device) for device in view.workers],
             "startPredictionError": await services.database.run(store.start_prediction_error),
         }
     )
@@ -76,8 +76,8 @@ async def resume_device(device: str, caller: Admin, services: ServicesDep) -> JS
     return await _paused(services, caller, device, "devices.resume")
 
 
-async def _paused(services: Services, caller: Caller, what: str, act: str) -> JSONResponse:
-    await _note(services, caller, act, what)
+async def _paused(services: Services, caller: Caller, subject: str, action: str) -> JSONResponse:
+    await audited(services, caller, AdminContext.record, action, subject)
     return JSONResponse({"halted": sorted(services.dispatcher.status.paused)})
 
 
@@ -87,14 +87,16 @@ def _check_device(services: Services, device: str) -> None:
         raise NotFound(f"There is no device {device!r}; there are {', '.join(workers)}.")
 
 
-def _device(services: Services, worker: WorkerState) -> dict[str, Any]:
+def _device(services: Services, device: str) -> dict[str, Any]:
+    view = services.dispatcher.status
+    worker = view.workers[device]
     return {
         "id": worker.id,
         "status": worker.status,
         "drained": worker.draining,
         "jobId": worker.job.job_id if worker.job else None,
         "userId": worker.job.user_id if worker.job else None,
-        "secondsLeft": services.dispatcher.status.seconds_left(worker.job.job_id) if worker.job else None,
+        "secondsLeft": view.seconds_left(worker.job.job_id) if worker.job else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""Running the server, part three: everyone's jobs and usage, the plans, and what admins did."""
+"""Admin routes: usage of all users, the plans and the audit log."""
 
 import json
 from dataclasses import asdict
@@ -9,8 +9,8 @@ from fastapi.responses import JSONResponse, Response
 
 from server.accounts import admin, usage
 from server.accounts.usage import camel
-from server.api.dependencies import Admin, Asked, Form, Limit, ServicesDep
-from server.api.schemas import answer, paginated
+from server.api.dependencies import Admin, Limit, ServicesDep, UsageFormat, UsagePeriod
+from server.api.schemas import paginated, usage_response
 from server.timestamps import iso
 
 router = APIRouter(prefix="/api/admin")
@@ -18,15 +18,15 @@ router = APIRouter(prefix="/api/admin")
 
 @router.get("/usage")
 async def read_usage(
-    _: Admin, services: ServicesDep, period: Asked, form: Form = "json", user: str | None = None
+    _: Admin, services: ServicesDep, period: UsagePeriod, form: UsageFormat = "json", user: str | None = None
 ) -> Response:
     lines = await services.database.run(usage.read, user, period, services.fal_prices)
-    return answer(lines, period, form)
+    return usage_response(lines, period, form)
 
 
 @router.get("/plans")
 async def list_plans(_: Admin, services: ServicesDep) -> JSONResponse:
-    """To change them is to write `plans.toml` in the data folder."""
+    """They are changed in `plans.toml` in the data folder."""
     return JSONResponse({"plans": [camel(asdict(plan)) for plan in services.plans.values()], "nextCursor": None})
 
 
@@ -34,7 +34,7 @@ async def list_plans(_: Admin, services: ServicesDep) -> JSONResponse:
 async def list_audit_entries(
     _: Admin, services: ServicesDep, cursor: int | None = None, limit: Limit = 50
 ) -> JSONResponse:
-    rows = await services.database.run(admin.entries, cursor, limit)
+    rows = await services.database.run(admin.audit_entries, cursor, limit)
     return JSONResponse(paginated("entries", [_audit_json(row) for row in rows], limit))
 
 

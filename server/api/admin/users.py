@@ -1,4 +1,4 @@
-"""Running the server, part one: users, their plans, credits and bans."""
+"""Admin routes: users, their plans, credits and bans."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -8,8 +8,17 @@ from fastapi.responses import JSONResponse
 from pydantic import AwareDatetime, Field
 
 from server.accounts import admin, ledger, users
-from server.api import dependencies
-from server.api.dependencies import Admin, Limit, Name, ServicesDep, StrictBody, audited, body_of, schema_of
+from server.api.dependencies import (
+    Admin,
+    Limit,
+    Name,
+    ServicesDep,
+    StrictBody,
+    admin_caller,
+    audited,
+    body_of,
+    schema_of,
+)
 from server.api.schemas import entries_json, paginated
 from server.services import Services
 
@@ -49,7 +58,7 @@ async def list_users(
 
 @router.post("/users", openapi_extra=schema_of(NewUser))
 async def create_user(
-    caller: Admin, services: ServicesDep, body: Annotated[NewUser, Depends(body_of(NewUser, dependencies.admin))]
+    caller: Admin, services: ServicesDep, body: Annotated[NewUser, Depends(body_of(NewUser, admin_caller))]
 ) -> JSONResponse:
     plan = services.plans.known(body.plan)
     user_id = await audited(services, caller, admin.create_user, body.email, body.name, plan=plan, role=body.role)
@@ -66,7 +75,7 @@ async def change_user(
     user_id: str,
     caller: Admin,
     services: ServicesDep,
-    body: Annotated[UserChange, Depends(body_of(UserChange, dependencies.admin))],
+    body: Annotated[UserChange, Depends(body_of(UserChange, admin_caller))],
 ) -> JSONResponse:
     if body.plan is not None:
         services.plans.known(body.plan)
@@ -79,9 +88,9 @@ async def grant(
     user_id: str,
     caller: Admin,
     services: ServicesDep,
-    body: Annotated[Grant, Depends(body_of(Grant, dependencies.admin))],
+    body: Annotated[Grant, Depends(body_of(Grant, admin_caller))],
 ) -> JSONResponse:
-    """A negative amount takes back, never below zero."""
+    """A negative amount takes credits back, never below zero."""
     balance = await audited(services, caller, admin.grant, user_id, body.amount, body.note)
     return JSONResponse({"balance": balance}, status_code=201)
 
@@ -97,7 +106,7 @@ async def read_ledger(
 
 @router.post("/users/{user_id}/ban", openapi_extra=schema_of(Ban))
 async def ban(
-    user_id: str, caller: Admin, services: ServicesDep, body: Annotated[Ban, Depends(body_of(Ban, dependencies.admin))]
+    user_id: str, caller: Admin, services: ServicesDep, body: Annotated[Ban, Depends(body_of(Ban, admin_caller))]
 ) -> JSONResponse:
     await audited(services, caller, admin.ban, user_id, body.reason, _timestamp(body.expires_at))
     return JSONResponse(await _user(services, user_id))

@@ -1,19 +1,23 @@
-"""Better Auth's api-key plugin: a user's own `bnp_` keys. Only a session opens these, never a key."""
+"""Better Auth's api-key plugin: routes for a user's own API keys. They need a session; a key does not open them."""
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from server.accounts import keys
+from server.accounts.keys import KEY_PREFIX
 from server.api.auth import cookies, schemas
 from server.api.auth.dependencies import PREFIX, SignedIn, guard
 from server.api.auth.schemas import key_json
 from server.api.dependencies import ServicesDep
 from server.auth.errors import AuthError, invalid_body
 from server.auth.sessions import DAY_S, Session
+from server.errors import NotFound
 from server.timestamps import iso_or_none
 
 router = APIRouter(prefix=PREFIX + "/api-key", dependencies=[Depends(guard)])
@@ -24,12 +28,13 @@ SERVER_ONLY = {
     "remaining", "refillAmount", "refillInterval", "rateLimitMax", "rateLimitTimeWindow", "rateLimitEnabled",
     "permissions",
 }  # fmt: skip
-LONGEST = 32
+MAX_LENGTH = 32
+"""Of names and prefixes."""
 PREFIX_FORM = re.compile(r"[A-Za-z0-9_-]*")
 
 
 async def owner(request: Request, services: ServicesDep) -> Session:
-    """On the routes that make and change keys, upstream has a code of its own for this."""
+    """The session on the routes that create and change keys, where upstream has another code for its absence."""
     if session := await cookies.current_session(request, services):
         return session
     raise _unauthorized_session()
@@ -40,33 +45,33 @@ Owner = Annotated[Session, Depends(owner)]
 
 @router.post("/create")
 async def create(request: Request, session: Owner, services: ServicesDep) -> JSONResponse:
-    """The key is in this answer, and never again."""
+    """The only response with the key in clear."""
     body = await schemas.read(request, CREATE)
     _check(body, session)
     name, prefix = body.get("name"), body.get("prefix")
-    if name is not None and len(name) > LONGEST:
+    if name is not None and len(name) > MAX_LENGTH:
         raise _bad_name()
-    if prefix is not None and not 1 <= len(prefix) <= LONGEST:
+    if prefix is not None and not 1 <= len(prefix) <= MAX_LENGTH:
         raise AuthError(400, "INVALID_PREFIX_LENGTH", "The prefix length is either too large or too small.")
     now = services.clock()
-    row, key = await services.database.transaction(
-        keys.create,
+    key_id, key = await services.database.transaction(
+        keys.create_key,
         session.user_id,
+        name,
         now,
-        name=name,
-        prefix=prefix,
+        prefix=KEY_PREFIX if prefix is None else prefix,
         expires_at=_expiry(body, now),
         metadata=body.get("metadata"),
     )
-    return JSONResponse(key_json(row, key))
+    return JSONResponse(key_json(await services.database.run(keys.find_key, key_id), key))
 
 
 @router.get("/list")
 async def list_keys(request: Request, session: SignedIn, services: ServicesDep) -> JSONResponse:
     query = request.query_params
-    limit, offset = (_whole(query.get(name), name) for name in ("limit", "offset"))
+    limit, offset = (_integer(query.get(name), name) for name in ("limit", "offset"))
     rows = await services.database.run(
-        keys.listed,
+        keys.list_keys,
         session.user_id,
         sort_by=query.get("sortBy", ""),
         descending=query.get("sortDirection") == "desc",
@@ -82,14 +87,15 @@ async def get(request: Request, session: SignedIn, services: ServicesDep) -> JSO
     key_id = request.query_params.get("id")
     if key_id is None:
         raise invalid_body("[query.id] Invalid input: expected string, received undefined")
-    return JSONResponse(key_json(await services.database.run(keys.of_user, session.user_id, key_id)))
+    with key_not_found():
+        return JSONResponse(key_json(await services.database.run(keys.find_key, key_id, session.user_id)))
 
 
 @router.post("/update")
 async def update(request: Request, session: Owner, services: ServicesDep) -> JSONResponse:
     body = await schemas.read(request, UPDATE)
     _check(body, session)
-    if "name" in body and not 1 <= len(body["name"]) <= LONGEST:
+    if "name" in body and not 1 <= len(body["name"]) <= MAX_LENGTH:
         raise _bad_name()
     changes: dict[str, Any] = {name: body[name] for name in ("name", "enabled") if name in body}
     if "expiresIn" in body:
@@ -98,7 +104,10 @@ async def update(request: Request, session: Owner, services: ServicesDep) -> JSO
         changes["metadata"] = json.dumps(body["metadata"])
     if not changes:
         raise AuthError(400, "NO_VALUES_TO_UPDATE", "No values to update.")
-    row = await services.database.transaction(keys.update, session.user_id, body["keyId"], changes, services.clock())
+    with key_not_found():
+        row = await services.database.transaction(
+            keys.change_key, body["keyId"], changes, services.clock(), session.user_id
+        )
     return JSONResponse(key_json(row))
 
 
@@ -106,8 +115,18 @@ async def update(request: Request, session: Owner, services: ServicesDep) -> JSO
 async def delete(request: Request, session: SignedIn, services: ServicesDep) -> JSONResponse:
     """The key stops working at once."""
     body = await schemas.read(request, {"keyId": "string"})
-    await services.database.transaction(keys.delete, session.user_id, body["keyId"])
+    with key_not_found():
+        await services.database.transaction(keys.delete_key, body["keyId"], session.user_id)
     return JSONResponse({"success": True})
+
+
+@contextmanager
+def key_not_found() -> Iterator[None]:
+    """Turns NotFound into Better Auth's error."""
+    try:
+        yield
+    except NotFound:
+        raise AuthError(404, "KEY_NOT_FOUND", "API Key not found") from None
 
 
 def _check(body: dict[str, Any], session: Session) -> None:
@@ -124,7 +143,7 @@ def _check(body: dict[str, Any], session: Session) -> None:
 
 
 def _expiry(body: dict[str, Any], now: float) -> float | None:
-    """From a day to a year."""
+    """When the key expires: in 1 to 365 days, or never. Raises AuthError."""
     seconds = body.get("expiresIn")
     if seconds is None:
         return None
@@ -135,7 +154,7 @@ def _expiry(body: dict[str, Any], now: float) -> float | None:
     return now + seconds
 
 
-def _whole(text: str | None, name: str) -> int | None:
+def _integer(text: str | None, name: str) -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text):

@@ -1,5 +1,8 @@
-"""How users, sessions, accounts and API keys look on the wire."""
-# FROM server.auth.bodies: Reads bodies as Better Auth does, down to the texts of what is wrong with them.  A schema names each field's kind: `string`, `email`, `boolean`, `number` or `object`, with `?` where it may be left out and `|null` where it may be null. Fields beyond the schema are passed on.
+"""Better Auth's JSON: parses and checks bodies, down to upstream's error texts, and serialises rows.
+
+A schema names each field's type: `string`, `email`, `boolean`, `number` or `object`, then `?` if it may be missing and
+`|null` if it may be null. Fields beyond the schema are passed on.
+"""
 
 import json
 import re
@@ -14,36 +17,41 @@ from server.auth.sessions import Session
 from server.errors import TooLarge
 from server.timestamps import iso
 
-MOST_BYTES = 256 * 2**10
+MAX_BYTES = 256 * 2**10
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 EMAIL = re.compile(r"(?!\.)(?!.*\.\.)[\w'+\-.]*[\w+-]@(?:[A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}", re.ASCII)
 LOCAL_EMAIL = re.compile(r"[\w+.-]+@localhost", re.ASCII)
-"""The owner's, whom the first start makes."""
-LONGEST_EMAIL = 320
+"""The address of the owner, who is created at the first start."""
+MAX_EMAIL_LENGTH = 320
+KEY_COLUMNS = (
+    "configId", "name", "start", "referenceId", "prefix", "refillInterval", "refillAmount", "lastRefillAt", "enabled",
+    "rateLimitEnabled", "rateLimitTimeWindow", "rateLimitMax", "requestCount", "remaining", "lastRequest", "expiresAt",
+    "createdAt", "updatedAt", "permissions", "metadata", "id",
+)  # fmt: skip
 
 Schema = Mapping[str, str]
 
 
 async def read(request: Request, schema: Schema, *, form: bool = False) -> dict[str, Any]:
-    """The body, checked. Raises AuthError. `form`: the page's own form may be sent as well."""
+    """The body, checked against the schema. `form`: an HTML form is accepted too. Raises AuthError or TooLarge."""
     body = await _parsed(request, (FORM, JSON) if form else (JSON,))
     if not isinstance(body, dict):
         if body is None and not schema:
             return {}
-        kind = "undefined" if body is None else _kind(body)
+        kind = "undefined" if body is None else _type_name(body)
         raise invalid_body(f"[body] Invalid input: expected object, received {kind}")
-    problems = [problem for name, kind in schema.items() if (problem := _problem(name, kind, body))]
+    problems = [problem for name, kind in schema.items() if (problem := _check_field(name, kind, body))]
     if problems:
         raise invalid_body("; ".join(problems))
     return body
 
 
 def is_email(text: str) -> bool:
-    return len(text) <= LONGEST_EMAIL and EMAIL.fullmatch(text) is not None
+    return len(text) <= MAX_EMAIL_LENGTH and EMAIL.fullmatch(text) is not None
 
 
 async def _parsed(request: Request, allowed: tuple[str, ...]) -> Any:
-    """None where there is none: a body without a content type counts as none."""
+    """The body as a value; None without a body or without a content type."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     raw = await _bytes(request)
     if not content_type or not raw:
@@ -62,33 +70,35 @@ async def _bytes(request: Request) -> bytes:
     chunks = bytearray()
     async for chunk in request.stream():
         chunks += chunk
-        if len(chunks) > MOST_BYTES:
-            raise TooLarge(f"The body is over the limit of {MOST_BYTES // 2**10} KiB.")
+        if len(chunks) > MAX_BYTES:
+            raise TooLarge(f"The body is over the limit of {MAX_BYTES // 2**10} KiB.")
     return bytes(chunks)
 
 
-def _problem(name: str, kind: str, body: Mapping[str, Any]) -> str | None:
+def _check_field(name: str, kind: str, body: Mapping[str, Any]) -> str | None:
     base = kind.removesuffix("?").removesuffix("|null")
     if name not in body:
         return (
-            None if kind.endswith("?") else f"[body.{name}] Invalid input: expected {_type(base)}, received undefined"
+            None
+            if kind.endswith("?")
+            else f"[body.{name}] Invalid input: expected {_base_type(base)}, received undefined"
         )
     value = body[name]
     if value is None and "|null" in kind:
         return None
-    if _kind(value) != _type(base):
-        return f"[body.{name}] Invalid input: expected {_type(base)}, received {_kind(value)}"
+    if _type_name(value) != _base_type(base):
+        return f"[body.{name}] Invalid input: expected {_base_type(base)}, received {_type_name(value)}"
     if isinstance(value, str) and not _is_text(value):
         return f"[body.{name}] Invalid input: not Unicode text"
     return f"[body.{name}] Invalid email address" if base == "email" and not is_email(value) else None
 
 
-def _type(kind: str) -> str:
+def _base_type(kind: str) -> str:
     return "string" if kind == "email" else kind
 
 
-def _kind(value: object) -> str:
-    """The type's name as JavaScript's validator tells it."""
+def _type_name(value: object) -> str:
+    """The type's name in the messages of upstream's validator."""
     match value:
         case None:
             return "null"
@@ -105,7 +115,7 @@ def _kind(value: object) -> str:
 
 
 def _is_text(value: str) -> bool:
-    """JSON may spell half a surrogate pair, which no database takes."""
+    """False for a lone surrogate, which JSON can escape and SQLite cannot store."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -117,15 +127,8 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-KEY_COLUMNS = (
-    "configId", "name", "start", "referenceId", "prefix", "refillInterval", "refillAmount", "lastRefillAt", "enabled",
-    "rateLimitEnabled", "rateLimitTimeWindow", "rateLimitMax", "requestCount", "remaining", "lastRequest", "expiresAt",
-    "createdAt", "updatedAt", "permissions", "metadata", "id",
-)  # fmt: skip
-
-
 def user_json(row: Mapping[str, Any]) -> dict[str, Any]:
-    """With what Better Auth's admin plugin adds."""
+    """A user, with the fields of Better Auth's admin plugin."""
     return {
         "name": row["name"],
         "email": row["email"],
@@ -161,7 +164,7 @@ def account_json(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def key_json(row: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
-    """`key` in clear, in the answer to its creation only."""
+    """A key's row. `key` is the key in clear, in the response to its creation only."""
     shown = {name: row[name] for name in KEY_COLUMNS}
     shown |= {name: bool(row[name]) for name in ("enabled", "rateLimitEnabled")}
     shown |= {name: json.loads(row[name]) if row[name] else None for name in ("permissions", "metadata")}
@@ -169,7 +172,7 @@ def key_json(row: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
 
 
 def key_session_json(row: Mapping[str, Any], key: str, now: float, lives_s: float) -> dict[str, Any]:
-    """What /get-session tells whoever comes with an API key in place of a session."""
+    """The session that /get-session returns for an API key."""
     return {
         "id": row["id"],
         "token": key,

@@ -1,4 +1,4 @@
-"""Better Auth's core routes under `/api/auth`: signing up, in and out, and the sessions that come of it."""
+"""Better Auth's core routes: sign-up, sign-in, sign-out and sessions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +11,7 @@ from server.accounts import keys, users
 from server.api import origins
 from server.api.auth import cookies, schemas
 from server.api.auth.dependencies import PREFIX, SignedIn, check_email, check_fields, check_new_password, guard
+from server.api.auth.keys import key_not_found
 from server.api.auth.schemas import key_session_json, session_json, user_json
 from server.api.dependencies import ServicesDep
 from server.auth import credentials, sessions
@@ -20,7 +21,7 @@ from server.services import Services
 
 router = APIRouter(prefix=PREFIX, dependencies=[Depends(guard)])
 not_found_router = APIRouter(include_in_schema=False)
-"""To be included after all other auth routes."""
+"""The catch-all 404 of `/api/auth`; included after all other routes."""
 
 SIGN_UP = {
     "name": "string", "email": "email", "password": "string", "image": "string?", "callbackURL": "string?",
@@ -51,15 +52,15 @@ async def sign_up(request: Request, services: ServicesDep) -> JSONResponse:
     user_id = await services.database.transaction(
         credentials.sign_up, body["name"], body["email"], body.get("image"), password, services.clock()
     )
-    opening = cookies.session_options(request, remember=body.get("rememberMe", True))
-    token = await cookies.open_session(request, services, user_id, opening)
+    options = cookies.session_options(request, remember=body.get("rememberMe", True))
+    token = await cookies.open_session(request, services, user_id, options)
     user = await services.database.run(users.user, user_id)
     return JSONResponse({"token": token, "user": user_json(user)})
 
 
 @router.post("/sign-in/email")
 async def sign_in(request: Request, services: ServicesDep) -> JSONResponse:
-    """A wrong password and an unknown address cost the same time and get the same answer."""
+    """A wrong password and an unknown address take the same time and get the same response."""
     body = await schemas.read(request, SIGN_IN, form=True)
     _check_callback(request, services, body)
     check_email(body["email"])
@@ -67,11 +68,11 @@ async def sign_in(request: Request, services: ServicesDep) -> JSONResponse:
     stored = user["password"] if user else None
     if not await services.auth.passwords.matches(stored, body["password"]) or not user:
         raise invalid_credentials()
-    opening = cookies.session_options(request, remember=body.get("rememberMe", True))
+    options = cookies.session_options(request, remember=body.get("rememberMe", True))
     token = await services.database.transaction(
-        credentials.sign_in, services.auth.secret, user["id"], user["password"], services.clock(), **opening
+        credentials.sign_in, services.auth.secret, user["id"], user["password"], services.clock(), **options
     )
-    cookies.set_session_cookies(request, services, token, remember=opening["remember"])
+    cookies.set_session_cookies(request, services, token, remember=options["remember"])
     url = {"url": body["callbackURL"]} if body.get("callbackURL") else {}
     answer = {"redirect": bool(url), "token": token, **url, "user": user_json(user)}
     return JSONResponse(answer, headers={"Location": quote(url["url"], safe=SAFE_IN_URLS)} if url else None)
@@ -79,7 +80,7 @@ async def sign_in(request: Request, services: ServicesDep) -> JSONResponse:
 
 @router.post("/sign-out")
 async def sign_out(request: Request, services: ServicesDep) -> JSONResponse:
-    """Also for those who have no session any more."""
+    """Succeeds without a session too."""
     if session := await cookies.current_session(request, services, renews=False):
         await services.database.run(sessions.revoke, session.user_id, session.token)
     cookies.clear_session_cookies(request, services)
@@ -88,7 +89,7 @@ async def sign_out(request: Request, services: ServicesDep) -> JSONResponse:
 
 @router.get("/get-session")
 async def get_session(request: Request, services: ServicesDep) -> JSONResponse:
-    """`null` where there is none. An API key opens this one route of all."""
+    """`null` without a session. The only route of these that an API key opens."""
     if key := cookies.api_key(request):
         return await _session_of_key(services, key)
     renews = request.query_params.get("disableRefresh", "").lower() != "true"
@@ -108,7 +109,7 @@ async def refuse_deferred_refresh() -> JSONResponse:
 
 @router.get("/list-sessions")
 async def list_sessions(session: SignedIn, services: ServicesDep) -> JSONResponse:
-    """The tokens of all of a user's sessions: for a fresh session only."""
+    """All of a user's sessions with their tokens; needs a fresh session."""
     if not session.is_fresh(services.clock()):
         raise AuthError(403, "SESSION_NOT_FRESH", "Session is not fresh")
     found = await services.database.run(sessions.of_user, services.auth.secret, session.user_id, services.clock())
@@ -117,7 +118,7 @@ async def list_sessions(session: SignedIn, services: ServicesDep) -> JSONRespons
 
 @router.post("/revoke-session")
 async def revoke_session(request: Request, session: SignedIn, services: ServicesDep) -> JSONResponse:
-    """Also for an unknown token, or another user's, which is left alone."""
+    """Succeeds for an unknown token too, and for another user's, which is not revoked."""
     body = await schemas.read(request, {"token": "string"})
     await services.database.run(sessions.revoke, session.user_id, body["token"])
     if body["token"] == session.token:
@@ -146,8 +147,9 @@ async def _session_of_key(services: Services, key: str) -> JSONResponse:
     user = await services.database.run(users.user, caller.user_id)
     if sessions.is_banned(user, services.clock()):
         raise banned()
-    row = await services.database.run(keys.of_user, caller.user_id, caller.key_id)
-    session = key_session_json(row, key, services.clock(), sessions.LIVES_S)
+    with key_not_found():
+        row = await services.database.run(keys.find_key, caller.key_id)
+    session = key_session_json(row, key, services.clock(), sessions.LIFETIME_S)
     return JSONResponse({"user": user_json(user), "session": session}, headers=NOT_STORED)
 
 
@@ -161,5 +163,5 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 @not_found_router.api_route(PREFIX, methods=METHODS)
 @not_found_router.api_route(PREFIX + "/{rest:path}", methods=METHODS)
 async def not_found() -> Response:
-    """Unknown paths and wrong methods: no body at all."""
+    """Unknown paths and wrong methods: 404 without a body, as upstream."""
     return Response(status_code=404)

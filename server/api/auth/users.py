@@ -1,4 +1,4 @@
-"""Better Auth's routes about one's own account: name, password, reset by mail, and leaving."""
+"""Better Auth's routes for one's own account: name, password, password reset by mail, deletion."""
 
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
@@ -26,13 +26,13 @@ DELETE = {"password": "string?", "token": "string?", "callbackURL": "string?"}
 RESET = {"newPassword": "string", "token": "string?"}
 SENT = "If this email exists in our system, check your email for the reset link"
 SUBJECT = "Reset your password"
-RESET_TEXT = """Somebody, hopefully you, asked to reset your password at {address}.
+RESET_TEXT = """A password reset was requested for your account at {address}.
 
-To choose a new one within the next hour, open
+To choose a new password within the next hour, open
 
 {link}
 
-If it was not you, there is nothing to do: your password stays as it is.
+If you did not request it, ignore this mail: your password stays as it is.
 """
 
 
@@ -78,7 +78,7 @@ async def verify_password(request: Request, session: SignedIn, services: Service
 @router.post("/forget-password")
 @router.post("/request-password-reset")
 async def request_password_reset(request: Request, services: ServicesDep) -> JSONResponse:
-    """The same answer, as soon, whether there is such a user or not. Clients of 1.3 know it by its first name."""
+    """The response and its time are the same for unknown addresses. Clients of 1.3 use the first path."""
     body = await schemas.read(request, {"email": "email", "redirectTo": "string?"})
     origins.check_redirect(body.get("redirectTo"), "redirectTo", origins.for_redirects(services.settings))
     services.auth.mailer.run_in_background(_mail_reset(services, body["email"], body.get("redirectTo")))
@@ -87,14 +87,14 @@ async def request_password_reset(request: Request, services: ServicesDep) -> JSO
 
 @router.get("/reset-password/{token}")
 async def follow_reset_link(token: str, request: Request, services: ServicesDep) -> Response:
-    """From the mail to the page for a new password. It does not use the token up: mail scanners come here too."""
+    """Redirects from the mail to the page for a new password. Does not use the token up: mail scanners follow links."""
     target = request.query_params.get("callbackURL")
     if target is None:
         raise invalid_body("[query.callbackURL] Invalid input: expected string, received undefined")
     origins.check_redirect(target, "callbackURL", origins.for_redirects(services.settings))
     is_open = await services.database.run(credentials.is_reset_open, token, services.clock())
-    told = {"token": token} if is_open else {"error": "INVALID_TOKEN"}
-    location = _with_query(urljoin(settings.address_of(services.settings) + "/", target), told)
+    result = {"token": token} if is_open else {"error": "INVALID_TOKEN"}
+    location = _with_query(urljoin(settings.address_of(services.settings) + "/", target), result)
     return Response(status_code=302, headers={"Location": location, "Referrer-Policy": "no-referrer"})
 
 
@@ -106,7 +106,7 @@ async def reset_password(request: Request, services: ServicesDep) -> JSONRespons
         raise invalid_token()
     check_new_password(body["newPassword"])
     if not await services.database.run(credentials.is_reset_open, token, services.clock()):
-        raise invalid_token()  # before the work of hashing
+        raise invalid_token()  # before hashing, which is slow
     password = await services.auth.passwords.hash(body["newPassword"])
     await services.database.transaction(credentials.reset_password, token, password, services.clock())
     return JSONResponse({"status": True})
@@ -114,7 +114,7 @@ async def reset_password(request: Request, services: ServicesDep) -> JSONRespons
 
 @router.post("/delete-user")
 async def delete_user(request: Request, session: SignedIn, services: ServicesDep) -> JSONResponse:
-    """Needs the password, or a session of today. Jobs that wait or run are cancelled, and files go."""
+    """Needs the password or a fresh session. Unfinished jobs are cancelled and files deleted."""
     body = await schemas.read(request, DELETE)
     if body.get("password") is not None:
         await _check_password(services, session, body["password"])
@@ -122,7 +122,7 @@ async def delete_user(request: Request, session: SignedIn, services: ServicesDep
         raise AuthError(404, "INVALID_TOKEN", "Invalid token")
     elif not session.is_fresh(services.clock()):
         raise AuthError(400, "SESSION_EXPIRED", "Session expired. Re-authenticate to perform this action.")
-    await _forget(services, session.user_id)
+    await _delete_user(services, session.user_id)
     cookies.clear_session_cookies(request, services)
     return JSONResponse({"success": True, "message": "User deleted"})
 
@@ -179,7 +179,7 @@ def _with_query(url: str, more: dict[str, str]) -> str:
     return parts._replace(query=urlencode([*parse_qsl(parts.query, keep_blank_values=True), *more.items()])).geturl()
 
 
-async def _forget(services: Services, user_id: str) -> None:
+async def _delete_user(services: Services, user_id: str) -> None:
     for job in await services.database.call(services.jobs.jobs, user_id, None, 10_000):
         if not job.is_final:
             await services.dispatcher.cancel(job.id)
