@@ -286,7 +286,7 @@ def of_kind(number: int) -> Callable[[bytes], bytes]:
         (lambda good: head(pairs=1) + text(b"k") + struct.pack("<I", 77), "a value of type 77"),
         (of_kind(39), "kind 39"),
         (lambda good: head() + text(b"w") + struct.pack("<IQIQ", 1, 33, 8, 0) + bytes(999), "rows of 33"),
-        (lambda good: head() + text(b"w") + struct.pack("<IQIQ", 1, 2**63, 0, 0) + bytes(999), "startPredictionError"),
+        (lambda good: head() + text(b"w") + struct.pack("<IQIQ", 1, 2**63, 0, 0) + bytes(999), "promises"),
         (lambda good: head() + text(b"w") + struct.pack("<I", 4_000_000), "dimensions"),
     ],
 )
