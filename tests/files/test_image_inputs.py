@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 from pipelines.media.images import ImageInfo
+from server.api.errors import hosted_envelope
 from server.errors import InvalidMedia, MediaUnreachable, PlantainError, StorageFull, TooLarge
 from server.files.decoders import ImageDecoders
 from server.files.fetch import Limits
@@ -339,7 +340,7 @@ async def client(media):
 
     @app.exception_handler(PlantainError)
     async def answer(request: Request, error: PlantainError) -> JSONResponse:
-        return JSONResponse(error.body("req_1"), error.status, error.headers)
+        return JSONResponse(hosted_envelope(error, "req_1"), error.status, error.headers)
 
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://plantain.example") as client:
