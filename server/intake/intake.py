@@ -97,7 +97,7 @@ class StoredInputs:
 class Intake:
     """Accepts requests. One that is refused charges nothing and leaves no file.
 
-    If a call breaks off while its job is being enqueued, its files stay; those without a job are deleted at the next start.
+    If a call breaks off while its job is being enqueued its files stay; those of no job are deleted at the next start.
     """
 
     def __init__(
