@@ -169,3 +169,8 @@ class Pipeline(Protocol):
 def family_module(family: str) -> Any:
     """The module of a family: `flux` is `pipelines.flux`; a dotted name is a module outside of this package."""
     return importlib.import_module(family if "." in family else f"pipelines.{family}")
+
+
+def round_to_multiple(length: float, multiple: int) -> int:
+    """The nearest multiple, at least one."""
+    return max(multiple, round(length / multiple) * multiple)

@@ -1,18 +1,18 @@
-"""What an exception out of a pipeline says about its device."""
+"""Classifies exceptions of a pipeline: out of memory, or device lost."""
 
 import torch
 
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
-"""On a CPU torch raises a plain RuntimeError that says so."""
+"""In the message of the plain RuntimeError that torch raises on a CPU."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """The device's memory, or the host's, was not enough: the run may do in another way or place."""
+    """Device or host memory was exhausted. The run may succeed in another execution mode or on another device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """A CUDA error other than out of memory: the process's context is not to be trusted any more."""
+    """A CUDA error other than out of memory. The CUDA context may be corrupt, so the process should exit."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)

@@ -1,7 +1,4 @@
-"""Decoding in tiles: a fraction of the memory, and pixels that differ along the seams by less than an eye sees."""
-# FROM pipelines.compiled: A denoiser's blocks as torch.compile makes them: the same arithmetic, in fewer passes over memory.
-# FROM pipelines.prompts: A model's prompts, through its text encoders or from what is kept of them.
-# FROM pipelines.steps: How far a run has come, from diffusers' pipelines to whoever wants to know.
+"""Shared by diffusion families: size checks, cached prompt encoding, step callbacks, torch.compile, VAE tiling."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,39 +8,38 @@ from typing import Any
 
 import torch
 
-from pipelines.base import OnStep, Weights
+from pipelines.base import InvalidInput, OnStep, Weights
 from pipelines.residency.host_cache import Tensors
 from pipelines.residency.residency import Residency
 
-BACKEND = "inductor"
+COMPILE_BACKEND = "inductor"
+MAX_TILE = 512
+"""Pixels of a tile's side. diffusers takes the size that a VAE was trained on; Flux's 1024 saves next to no memory."""
 
 
-@contextmanager
-def compiled_blocks(denoiser: torch.nn.Module, wanted: bool) -> Iterator[None]:
-    """While inside, and if `wanted`, its repeated blocks are compiled: the first of a kind for all.
+def check_size(width: int, height: int, multiple: int) -> None:
+    """Raises `InvalidInput` unless both sides are multiples of `multiple` pixels."""
+    if width % multiple or height % multiple:
+        raise InvalidInput(f"{width} x {height}: width and height must be multiples of {multiple}.")
 
-    Only what a block computes is: the hooks that bring its weights stay outside, and weights are inputs, so that it
-    holds in every tier and wherever they move; and for any size. What was compiled is kept by torch for as long as the
-    process lives. On CUDA and CPU alike it takes a C compiler.
+
+def check_frame_count(count: int, frames_per_latent: int, appended: bool) -> None:
+    """Raises `InvalidInput` unless a video VAE can make `count` frames: the first has a latent of its own.
+
+    `appended` frames follow others, so that they have no first one.
     """
-    blocks = repeated_blocks(denoiser) if wanted else []
-    for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=BACKEND)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def repeated_blocks(denoiser: torch.nn.Module) -> list[torch.nn.Module]:
-    """Those that diffusers names for `compile_repeated_blocks`."""
-    names = getattr(denoiser, "_repeated_blocks", None) or ()
-    return [module for module in denoiser.modules() if type(module).__name__ in names]
+    if (count - (0 if appended else 1)) % frames_per_latent:
+        rule = f"a multiple of {frames_per_latent}"
+        raise InvalidInput(
+            f"{count} frames: " + (f"added frames must be {rule}." if appended else f"must be {rule}, plus one.")
+        )
 
 
 class PromptEncoder:
-    """Texts of at most `max_tokens` tokens. The names are those of components, and of folders of tokenizers."""
+    """Encodes prompts of at most `max_tokens` tokens, and caches their embeddings.
+
+    `encoders` are names of components, `tokenizers` of folders beside them.
+    """
 
     def __init__(
         self,
@@ -59,13 +55,13 @@ class PromptEncoder:
         self._tokenizers = tokenizer_key(*(weights.folder / name for name in tokenizers))
 
     def embeds(self, text: str, encode: Callable[[], Sequence[torch.Tensor | None]]) -> Tensors:
-        """What `encode` makes of the text, on the device. Of a text that was encoded before, without any encoder."""
+        """What `encode` makes of the text, on the device. A cached text needs no text encoder."""
         key = (*self._encoders, self._tokenizers, text, self.max_tokens)
         return self._residency.embeddings.get(key, self._residency.device, encode)
 
 
 def tokenizer_key(*folders: Path) -> str:
-    """The hash of tokenizers' files."""
+    """The SHA-256 of all files of the tokenizers."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(folder.iterdir()):
@@ -74,7 +70,7 @@ def tokenizer_key(*folders: Path) -> str:
 
 
 def step_callback(on_step: OnStep) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-    """A `callback_on_step_end`. What `on_step` raises ends the run."""
+    """A `callback_on_step_end` for diffusers' pipelines. What `on_step` raises ends the run."""
 
     def report(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step("denoise", step + 1, pipe.num_timesteps)
@@ -83,22 +79,45 @@ def step_callback(on_step: OnStep) -> Callable[[Any, int, Any, dict[str, Any]], 
     return report
 
 
-LARGEST_TILE = 512
-"""Pixels of a tile's side. diffusers takes the size a VAE was trained on: Flux's 1024 cut next to nothing."""
+@contextmanager
+def compiled_blocks(denoiser: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Within the block, if `wanted`, the denoiser's repeated blocks run through torch.compile.
+
+    One block of each kind is compiled, for all of its kind. Only the computation is compiled: the hooks that load a
+    block's weights stay outside, and weights are inputs, so it works in every tier and after any move; and for any
+    size of picture. torch keeps compiled code as long as the process runs. It needs a C compiler, on a CPU and on CUDA.
+    """
+    blocks = repeated_blocks(denoiser) if wanted else []
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=COMPILE_BACKEND)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def repeated_blocks(denoiser: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that diffusers' `compile_repeated_blocks` compiles."""
+    names = getattr(denoiser, "_repeated_blocks", None) or ()
+    return [module for module in denoiser.modules() if type(module).__name__ in names]
 
 
 @contextmanager
 def tiled_decoding(vae: Any, wanted: bool) -> Iterator[None]:
-    """Within the block, `vae.decode` works in tiles where it is `wanted`. Afterwards the VAE is as it was before."""
+    """Within the block, if `wanted`, `vae.decode` works in tiles. Afterwards the VAE's settings are restored.
+
+    This takes a fraction of the memory; pixels along the seams differ by less than the eye can see.
+    """
     if not wanted:
         yield
         return
     names = ("tile_sample_min_size", "tile_latent_min_size", "use_tiling")
     before = {name: getattr(vae, name) for name in names if hasattr(vae, name)}
     vae.enable_tiling()
-    if before.get("tile_sample_min_size", 0) > LARGEST_TILE:
-        shrink = LARGEST_TILE / vae.tile_sample_min_size
-        vae.tile_sample_min_size = LARGEST_TILE
+    if before.get("tile_sample_min_size", 0) > MAX_TILE:
+        shrink = MAX_TILE / vae.tile_sample_min_size
+        vae.tile_sample_min_size = MAX_TILE
         vae.tile_latent_min_size = int(vae.tile_latent_min_size * shrink)
     try:
         yield

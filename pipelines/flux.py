@@ -1,5 +1,4 @@
-"""Flux.1: dev, schnell and Kontext by diffusers, in three phases (encode, denoise, decode) on shared components."""
-# FROM pipelines.flux_recipes: How each architecture of Flux runs each kind of params: the pipeline, the picture it begins with, what is special.
+"""Flux.1 dev, schnell and Kontext, on diffusers, in three phases (encode, denoise, decode) with shared components."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,111 +10,31 @@ from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from pipelines.base import InvalidInput, InvalidOutput, Loader, OnStep, UnusableWeights, Weights
-from pipelines.diffusion import PromptEncoder, compiled_blocks, step_callback, tiled_decoding
-from pipelines.loading import architecture_of, load_component, load_small, read_json
+from pipelines.base import InvalidInput, InvalidOutput, OnStep, UnusableWeights, Weights, round_to_multiple
+from pipelines.diffusion import PromptEncoder, check_size, compiled_blocks, step_callback, tiled_decoding
+from pipelines.loading import architecture_of, load_component, load_small, read_json, subprocess_loader
 from pipelines.lora import apply_loras
 from pipelines.media.images import open_covering, open_flat
 from pipelines.params import ImageToImage, TextToImage
 from pipelines.residency.residency import Residency
 
-REFERENCE_AREA = 1024**2
-"""Pixels of a Kontext reference: it was trained on sizes of a megapixel, in multiples of 16 (diffusers lists them)."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one architecture runs one kind of params. `picture` is told of what sides must be multiples."""
-
-    pipeline: Any
-    picture: Callable[[Any, int], Image.Image | None]
-    special: Callable[[Any], dict[str, Any]]
-
-
-def no_picture(params: TextToImage, multiple: int) -> None:
-    return None
-
-
-def start_picture(params: ImageToImage, multiple: int) -> Image.Image:
-    """The one input, covering the output's size: scaled by Lanczos, its overhang cropped evenly."""
-    if len(params.images) != 1:
-        raise InvalidInput(f"This model takes one image, not {len(params.images)}.")
-    return open_covering(params.images[0], (params.width, params.height))
-
-
-def reference_picture(params: ImageToImage, multiple: int) -> Image.Image:
-    """What Kontext looks at: the inputs as one picture, side by side at one height, none cropped.
-
-    Kontext takes one picture; such a row is how ComfyUI's ImageStitch shows it several. Its area is the one that
-    Kontext was trained on, or the output's where that is less; its shape is its own, but for the
-    rounding to `multiple` pixels.
-    """
-    if not params.images:
-        raise InvalidInput("Editing needs at least one image.")
-    pictures = [open_flat(path) for path in params.images]
-    ratios = [picture.width / picture.height for picture in pictures]
-    area = min(params.width * params.height, REFERENCE_AREA)
-    width, height = (to_multiple(side, multiple) for side in (sqrt(area * sum(ratios)), sqrt(area / sum(ratios))))
-    row = Image.new("RGB", (width, height))
-    for i, picture in enumerate(pictures):
-        left, right = (round(row.width * sum(ratios[:n]) / sum(ratios)) for n in (i, i + 1))
-        row.paste(picture.resize((max(1, right - left), row.height), Image.Resampling.LANCZOS), (left, 0))
-    return row
-
-
-def to_multiple(length: float, multiple: int) -> int:
-    return max(multiple, round(length / multiple) * multiple)
-
-
-def nothing(params: TextToImage) -> dict[str, Any]:
-    return {}
-
-
-def strength(params: ImageToImage) -> dict[str, Any]:
-    """diffusers runs the last ceil(steps x strength) steps; with 0 there is none, and the input is the output."""
-    return {"strength": params.strength}
-
-
-def whole_area(params: TextToImage) -> dict[str, Any]:
-    """Kontext rescales its output to `max_area`: the size asked for stays as it is."""
-    return {"max_area": params.width * params.height}
-
-
-RECIPES: dict[tuple[str, type[TextToImage]], Recipe] = {
-    ("FluxPipeline", TextToImage): Recipe(FluxPipeline, no_picture, nothing),
-    ("FluxPipeline", ImageToImage): Recipe(FluxImg2ImgPipeline, start_picture, strength),
-    ("FluxKontextPipeline", TextToImage): Recipe(FluxKontextPipeline, no_picture, whole_area),
-    ("FluxKontextPipeline", ImageToImage): Recipe(FluxKontextPipeline, reference_picture, whole_area),
-}
-"""By architecture and the kind of params."""
-
-
-def recipes_for(weights: Weights) -> dict[type[TextToImage], Recipe]:
-    """The recipes of the weights' architecture, by the kind of params."""
-    name = architecture_of(weights)
-    recipes = {kind: recipe for (architecture, kind), recipe in RECIPES.items() if architecture == name}
-    if not recipes:
-        raise UnusableWeights(f"{weights.folder / 'model_index.json'}: {name} is not a Flux pipeline known here")
-    return recipes
-
-
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
 TRUE_GUIDANCE_SCALE = 2.0
-"""Classifier-free guidance when there is a negative prompt; Flux's own guidance is distilled and knows none."""
+"""Classifier-free guidance, used if there is a negative prompt; Flux's own, distilled guidance has none."""
+REFERENCE_AREA = 1024**2
+"""Pixels of a Kontext reference: it was trained on one megapixel, in multiples of 16 (diffusers lists the sizes)."""
 
 
 def build(weights: Weights, residency: Residency) -> "Flux":
-    """The adapter for one model; its components come to the device when a run needs them."""
+    """The adapter for one model. Loads no components; runs do."""
     return Flux(weights, residency)
 
 
-def loader(weights: Weights, device: torch.device) -> Loader:
-    """Diffusers' and transformers' `from_pretrained`: in a process of its own while a run is in this one."""
-    return Loader(load_component, needs_subprocess=True)
+loader = subprocess_loader
 
 
 class Flux:
-    """One Flux model. Keeps only tokenizers and configs; a run's diffusers pipelines are made for it and dropped."""
+    """One Flux model. Keeps only tokenizers and configs; diffusers' pipelines are made for each run."""
 
     def __init__(self, weights: Weights, residency: Residency) -> None:
         folder = weights.folder
@@ -137,10 +56,10 @@ class Flux:
     def generate(self, params: TextToImage, on_step: OnStep) -> Image.Image:
         """One RGB picture of exactly `params.width` x `params.height`.
 
-        Raises `InvalidInput` for a size that the model cannot make and for unusable input images, `BadOutput` for a
-        picture that is none, and whatever `on_step` raises; after each of these the next run works.
+        Raises `InvalidInput` for an unsupported size and unusable input images, `InvalidOutput` for NaN or infinite
+        pixels, and whatever `on_step` raises. The object can be used again after each of these.
         """
-        self._check_size(params)
+        check_size(params.width, params.height, 2 * self._vae_scale)
         recipe = self._recipes[type(params)]
         picture = recipe.picture(params, 2 * self._vae_scale)
         special = recipe.special(params)
@@ -159,7 +78,7 @@ class Flux:
             on_step("decode", 1, 1)
         return output
 
-    def _encode_prompts(self, recipe: Recipe, params: TextToImage) -> dict[str, Any]:
+    def _encode_prompts(self, recipe: "Recipe", params: TextToImage) -> dict[str, Any]:
         """T5 embeddings (1, tokens, width) and CLIP's pooled one (1, width), as diffusers' keyword arguments."""
         embeds, pooled = self._embeds(recipe, params.prompt)
         inputs = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
@@ -169,8 +88,8 @@ class Flux:
             inputs |= {"true_cfg_scale": TRUE_GUIDANCE_SCALE}
         return inputs
 
-    def _embeds(self, recipe: Recipe, text: str) -> tuple[torch.Tensor | None, ...]:
-        """T5's and CLIP's, as above."""
+    def _embeds(self, recipe: "Recipe", text: str) -> tuple[torch.Tensor | None, ...]:
+        """T5 embeddings, and CLIP's pooled one."""
 
         def encode() -> tuple[torch.Tensor, torch.Tensor]:
             pipe = self._pipe(recipe, "text_encoder", "text_encoder_2")
@@ -179,14 +98,14 @@ class Flux:
 
         return self._prompts.embeds(text, encode)
 
-    def _encode_picture(self, recipe: Recipe, picture: Image.Image, generator: torch.Generator) -> torch.Tensor:
+    def _encode_picture(self, recipe: "Recipe", picture: Image.Image, generator: torch.Generator) -> torch.Tensor:
         """Latents (1, channels, height / 8, width / 8); image-to-image samples them, Kontext takes their mode."""
         pipe = self._pipe(recipe, "vae")
         pixels = pipe.image_processor.preprocess(picture).to(pipe.vae.device, pipe.vae.dtype)
         return pipe._encode_vae_image(pixels, generator)
 
     def _denoise(
-        self, recipe: Recipe, params: TextToImage, inputs: dict[str, Any], generator: torch.Generator, on_step: OnStep
+        self, recipe: "Recipe", params: TextToImage, inputs: dict[str, Any], generator: torch.Generator, on_step: OnStep
     ) -> torch.Tensor:
         """Packed latents (1, tokens, 4 x channels). A model without guidance embeddings ignores `guidance_scale`."""
         pipe = self._pipe(recipe, "transformer")
@@ -206,18 +125,18 @@ class Flux:
             )[0]
 
     def _decode(self, latents: torch.Tensor, params: TextToImage) -> Image.Image:
-        """As diffusers' guide to running the parts apart has it (docs: training/distributed_inference)."""
+        """As in diffusers' guide to running components separately (docs: training/distributed_inference)."""
         vae = self._acquire("vae")
         latents = FluxPipeline._unpack_latents(latents, params.height, params.width, self._vae_scale)
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         with tiled_decoding(vae, self._residency.mode.tiled):
             pixels = vae.decode(latents, return_dict=False)[0]
         if not torch.isfinite(pixels).all():
-            raise InvalidOutput(f"{self._weights.model} made a picture with NaN or infinite pixels")
+            raise InvalidOutput(f"{self._weights.model}: the output has NaN or infinite pixels")
         return VaeImageProcessor().postprocess(pixels)[0]
 
-    def _pipe(self, recipe: Recipe, *names: str) -> Any:
-        """The recipe's diffusers pipeline on the named components alone, told the VAE's geometry even without it."""
+    def _pipe(self, recipe: "Recipe", *names: str) -> Any:
+        """The recipe's diffusers pipeline with only the named components, and the VAE's geometry even without it."""
         parts = dict.fromkeys(COMPONENTS) | {name: self._acquire(name) for name in names}
         noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config)
         pipe = recipe.pipeline(
@@ -234,10 +153,79 @@ class Flux:
     def _acquire(self, name: str) -> torch.nn.Module:
         return self._residency.acquire(self._weights.component(name), load_component)
 
-    def _check_size(self, params: TextToImage) -> None:
-        multiple = 2 * self._vae_scale
-        if params.width % multiple or params.height % multiple:
-            raise InvalidInput(f"{params.width} x {params.height}: width and height must be multiples of {multiple}.")
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one architecture runs one kind of params.
+
+    `picture(params, multiple)` makes its input picture; `special(params)` its further arguments for diffusers.
+    """
+
+    pipeline: Any
+    picture: Callable[[Any, int], Image.Image | None]
+    special: Callable[[Any], dict[str, Any]]
+
+
+def no_picture(params: TextToImage, multiple: int) -> None:
+    return None
+
+
+def start_picture(params: ImageToImage, multiple: int) -> Image.Image:
+    """The input image, scaled (Lanczos) to cover the output's size and cropped to its centre."""
+    if len(params.images) != 1:
+        raise InvalidInput(f"This model takes one image, not {len(params.images)}.")
+    return open_covering(params.images[0], (params.width, params.height))
+
+
+def reference_picture(params: ImageToImage, multiple: int) -> Image.Image:
+    """Kontext's reference: the input images side by side at one height, not cropped.
+
+    Kontext takes one picture; ComfyUI's ImageStitch combines several in the same way. The area is the one that Kontext
+    was trained on, or the output's if that is less. The aspect ratio is kept, up to the rounding to `multiple` pixels.
+    """
+    if not params.images:
+        raise InvalidInput("Editing needs at least one image.")
+    pictures = [open_flat(path) for path in params.images]
+    ratios = [picture.width / picture.height for picture in pictures]
+    area = min(params.width * params.height, REFERENCE_AREA)
+    width, height = (round_to_multiple(side, multiple) for side in (sqrt(area * sum(ratios)), sqrt(area / sum(ratios))))
+    row = Image.new("RGB", (width, height))
+    for i, picture in enumerate(pictures):
+        left, right = (round(row.width * sum(ratios[:n]) / sum(ratios)) for n in (i, i + 1))
+        row.paste(picture.resize((max(1, right - left), row.height), Image.Resampling.LANCZOS), (left, 0))
+    return row
+
+
+def nothing(params: TextToImage) -> dict[str, Any]:
+    return {}
+
+
+def strength(params: ImageToImage) -> dict[str, Any]:
+    """diffusers runs the last ceil(steps x strength) steps: with 0 there are none, and the input is the output."""
+    return {"strength": params.strength}
+
+
+def whole_area(params: TextToImage) -> dict[str, Any]:
+    """Kontext rescales its output to `max_area`; with this one the requested size is kept."""
+    return {"max_area": params.width * params.height}
+
+
+RECIPES: dict[tuple[str, type[TextToImage]], Recipe] = {
+    ("FluxPipeline", TextToImage): Recipe(FluxPipeline, no_picture, nothing),
+    ("FluxPipeline", ImageToImage): Recipe(FluxImg2ImgPipeline, start_picture, strength),
+    ("FluxKontextPipeline", TextToImage): Recipe(FluxKontextPipeline, no_picture, whole_area),
+    ("FluxKontextPipeline", ImageToImage): Recipe(FluxKontextPipeline, reference_picture, whole_area),
+}
+"""By architecture and class of params."""
+
+
+def recipes_for(weights: Weights) -> dict[type[TextToImage], Recipe]:
+    """The recipes of the weights' architecture, by class of params."""
+    name = architecture_of(weights)
+    recipes = {kind: recipe for (architecture, kind), recipe in RECIPES.items() if architecture == name}
+    if not recipes:
+        raise UnusableWeights(f"{weights.folder / 'model_index.json'}: unsupported Flux pipeline {name}")
+    return recipes
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

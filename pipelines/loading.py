@@ -1,4 +1,4 @@
-"""From files to objects: the well-kept loaders of diffusers and transformers, on local safetensors files only."""
+"""Loads components and tokenizers with diffusers and transformers, from local safetensors and GGUF files only."""
 
 import importlib
 import json
@@ -10,30 +10,35 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from pipelines.base import Component, FileFingerprint, UnusableWeights, Weights
+from pipelines.base import Component, FileFingerprint, Loader, UnusableWeights, Weights
 from pipelines.quantization import apply_fp8_casting
 from pipelines.weights.errors import Damaged
 from pipelines.weights.formats import gguf_tensors
 from pipelines.weights.sizes import GGUF, NF4
 
 LIBRARIES = ("diffusers", "transformers")
-"""A folder's `model_index.json` may name classes of these and of nothing else."""
+"""Libraries whose classes a folder's `model_index.json` may name."""
+
+
+def subprocess_loader(weights: Weights, device: torch.device) -> Loader:
+    """The `loader` of families that load with `load_component`: beside a run, that takes a subprocess."""
+    return Loader(load_component, needs_subprocess=True)
 
 
 def load_component(component: Component) -> torch.nn.Module:
     """One component of a diffusers folder, on the host, in its dtype, for inference.
 
-    Raises `UnusableWeights`, naming the file, where one is missing, truncated or not what the config says.
+    Raises `UnusableWeights`, naming the file, if one is missing, truncated or does not fit the config.
     """
     quiet()
     if component.storage == GGUF:
         return load_gguf(component)
     check_files(component.path)
     check_fingerprints(component)
-    loader = class_of(component.path.parent, component.path.name)
+    model_class = class_of(component.path.parent, component.path.name)
     dtype = getattr(torch, component.dtype)
     try:
-        module, report = loader.from_pretrained(
+        module, report = model_class.from_pretrained(
             component.path, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -41,7 +46,7 @@ def load_component(component: Component) -> torch.nn.Module:
     if missing := sorted(report["missing_keys"]):
         raise UnusableWeights(f"{component.path}: {len(missing)} tensors are missing, such as {missing[0]}")
     if component.storage == NF4:
-        from pipelines.quantization import quantize_nf4  # bitsandbytes is for those who use it
+        from pipelines.quantization import quantize_nf4  # bitsandbytes is optional
 
         quantize_nf4(module, dtype)
     elif component.storage:
@@ -50,11 +55,11 @@ def load_component(component: Component) -> torch.nn.Module:
 
 
 def load_gguf(component: Component) -> torch.nn.Module:
-    """A denoiser from one GGUF file, with the configuration of the one that it stands in for. Raises the same."""
+    """A denoiser from one GGUF file, with the configuration of the component that it replaces. Raises the same."""
     check_fingerprints(component)
     config, dtype = component.config or component.path, getattr(torch, component.dtype)
     try:
-        gguf_tensors(component.path)  # before the gguf package reads it, which sets itself no bounds
+        gguf_tensors(component.path)  # checks sizes and counts, which the gguf package does not
         module = class_of(config.parent, config.name).from_single_file(
             str(component.path),
             config=str(config.parent),
@@ -69,7 +74,7 @@ def load_gguf(component: Component) -> torch.nn.Module:
         raise UnusableWeights(f"{component.path}: {len(missing)} tensors are missing, such as {missing[0]}")
     for name, tensor in module.named_parameters():
         if not tensor.is_floating_point() and not name.endswith(".weight"):
-            raise UnusableWeights(f"{component.path}: {name} is quantised, and no matrix")
+            raise UnusableWeights(f"{component.path}: {name} is quantised, but not a matrix")
     return module.eval().requires_grad_(False)
 
 
@@ -90,12 +95,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def architecture_of(weights: Weights) -> str:
-    """The name of the diffusers pipeline that the weights are for."""
+    """The class name of the diffusers pipeline that the weights are for."""
     return weights.architecture or str(read_json(weights.folder / "model_index.json").get("_class_name"))
 
 
 def class_of(folder: Path, name: str) -> Any:
-    """The class that the folder's `model_index.json` names for one of its parts."""
+    """The class that the folder's `model_index.json` names for one of its subfolders."""
     index = folder / "model_index.json"
     library, class_name = read_json(index).get(name) or (None, None)
     found = getattr(importlib.import_module(library), str(class_name), None) if library in LIBRARIES else None
@@ -105,7 +110,10 @@ def class_of(folder: Path, name: str) -> Any:
 
 
 def check_files(folder: Path) -> None:
-    """Every safetensors file is there and as long as its own header says; the hashes are `plantain verify`'s work."""
+    """Raises `UnusableWeights` unless every safetensors file exists and has the length that its header states.
+
+    Hashes are checked by `plantain verify`.
+    """
     files = set(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
         files |= {folder / name for name in read_json(index)["weight_map"].values()}
@@ -119,18 +127,19 @@ def check_files(folder: Path) -> None:
 
 
 def check_fingerprints(component: Component) -> None:
-    """Raises `UnusableWeights` where a file is another than the one that the component's key stands for."""
+    """Raises `UnusableWeights` if a file was changed since the component's key was computed."""
     folder = component.path if component.path.is_dir() else component.path.parent
-    for stamp in component.fingerprints:
-        if FileFingerprint.of(folder / stamp.name) != stamp:
+    for fingerprint in component.fingerprints:
+        file = folder / fingerprint.name
+        if FileFingerprint.of(file) != fingerprint:
             raise UnusableWeights(
-                f"{folder / stamp.name} was replaced or removed while the server ran. `plantain verify` tells whether "
-                "it is what was installed; the server must be started again to use it."
+                f"{file} was replaced or removed while the server ran. `plantain verify` shows whether it is what was "
+                "installed; the server must be restarted to use it."
             )
 
 
 def quiet() -> None:
-    """A worker's output is a log: no progress bars in it, and no prompts, which both libraries quote when they warn."""
+    """Disables progress bars, and warnings, in which both libraries quote prompts: a worker's output is a log."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""LTX Video: text, image, a reference video or a video's end to video, by diffusers' LTXConditionPipeline."""
+"""LTX Video, on diffusers' LTXConditionPipeline: text, images, a reference or the end of a video to video."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,9 +11,16 @@ from diffusers import LTXConditionPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
-from pipelines.base import InvalidInput, Loader, OnStep, UnusableWeights, Weights
-from pipelines.diffusion import PromptEncoder, compiled_blocks, step_callback, tiled_decoding
-from pipelines.loading import architecture_of, load_component, load_small
+from pipelines.base import InvalidInput, OnStep, UnusableWeights, Weights
+from pipelines.diffusion import (
+    PromptEncoder,
+    check_frame_count,
+    check_size,
+    compiled_blocks,
+    step_callback,
+    tiled_decoding,
+)
+from pipelines.loading import architecture_of, load_component, load_small, subprocess_loader
 from pipelines.lora import apply_loras
 from pipelines.media.images import open_covering
 from pipelines.media.video import Frame, first_frames, last_frames
@@ -23,42 +30,40 @@ from pipelines.residency.residency import Residency
 
 MAX_TOKENS = 256
 PUBLISHED_LIMIT = 128
-"""What the makers' tokenizers say, although they trained on 256 (Lightricks/LTX-Video-Trainer, issue 26)."""
+"""The limit in the published tokenizers, although training used 256 (Lightricks/LTX-Video-Trainer, issue 26)."""
 FRAMES_PER_LATENT = 8
 SIZE_MULTIPLE = 32
 TRAINED_FRAMES = 257
 CONTEXT_FRAMES = 17
-"""What is seen of a video that is extended, at most: two latents of motion after its first frame."""
+"""How many frames of a video condition its extension, at most: two latents of motion after the first frame."""
 REFERENCE_STRENGTH = 0.5
-"""Of a reference video, so much is kept: denoising starts half way."""
+"""How much of a reference video is kept: denoising starts half way."""
 WHOLE_FRAMES = 121
-"""Longer clips are decoded in pieces: the whole takes 100 bytes a pixel and frame."""
+"""Longer videos are decoded in pieces, since decoding takes 100 bytes per pixel and frame."""
 PIECE_FRAMES, PIECE_STRIDE = 96, 80
-"""The pieces overlap by two latents, over which they are blended."""
+"""Frames of a piece, and between the starts of two: they overlap by two latents, over which they are blended."""
 UNSHIFTED = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-"""LTXConditionPipeline brings its own schedule, linear and then quadratic: the weights' config would shift it again."""
+"""LTXConditionPipeline has its own schedule, linear and then quadratic; the weights' config would shift it again."""
 DECODE_TIMESTEP, DECODE_NOISE = 0.05, 0.025
-"""For decoders that take a timestep, which 0.9.1 and later have (diffusers' guide, api/pipelines/ltx_video)."""
+"""For decoders that take a timestep: those of 0.9.1 and later (diffusers' guide, api/pipelines/ltx_video)."""
 
 
 def build(weights: Weights, residency: Residency) -> "Ltx":
-    """The adapter for one model; its components come to the device when a run needs them."""
+    """The adapter for one model. Loads no components; runs do."""
     return Ltx(weights, residency)
 
 
-def loader(weights: Weights, device: torch.device) -> Loader:
-    """Diffusers' and transformers' `from_pretrained`: in a process of its own while a run is in this one."""
-    return Loader(load_component, needs_subprocess=True)
+loader = subprocess_loader
 
 
 class Ltx:
-    """One LTX model. Keeps only tokenizer and configs; a run's diffusers pipelines are made for it and dropped."""
+    """One LTX model. Keeps only the tokenizer and configs; diffusers' pipelines are made for each run."""
 
     def __init__(self, weights: Weights, residency: Residency) -> None:
         folder = weights.folder
         name = architecture_of(weights)
         if name not in ARCHITECTURES:
-            raise UnusableWeights(f"{folder / 'model_index.json'}: {name} is not an LTX pipeline known here")
+            raise UnusableWeights(f"{folder / 'model_index.json'}: {name} is not a supported LTX pipeline")
         self._weights = weights
         self._residency = residency
         self._tokenizer = load_small(folder, "tokenizer")
@@ -68,26 +73,27 @@ class Ltx:
         self._noise_scheduler = load_small(folder, "scheduler")
 
     def generate(self, params: TextToVideo, on_step: OnStep) -> VideoOutput:
-        """A clip of exactly `params.width` x `params.height` and, but for extending, `params.num_frames`.
+        """A video of exactly `params.width` x `params.height` and `params.num_frames`, which `ExtendVideo` appends.
 
-        Raises `InvalidInput` for a size or length that the model cannot make and for unusable input files, `BadOutput`
-        for NaN or infinite values, and whatever `on_step` raises; after each of these the next run works.
+        Raises `InvalidInput` for an unsupported size or length and unusable input files, `InvalidOutput` for NaN or
+        infinite values, and whatever `on_step` raises. The object can be used again after each of these.
         """
-        check(params)
-        start = CONDITIONING[type(params)](params)
+        check_size(*params.size, SIZE_MULTIPLE)
+        check_frame_count(params.num_frames, FRAMES_PER_LATENT, isinstance(params, ExtendVideo))
+        conditioning = CONDITIONING[type(params)](params)
         generator = torch.Generator("cpu").manual_seed(params.seed)  # the same noise on every device
         with torch.inference_mode():
             on_step("encode", 0, 1)
             embeds = self._encode_prompts(params)
             on_step("encode", 1, 1)
-            latents = self._denoise(params, start, embeds, generator, on_step)
+            latents = self._denoise(params, conditioning, embeds, generator, on_step)
             on_step("decode", 0, 1)
-            frames = self._decode(latents, start.frames, generator)
+            frames = self._decode(latents, conditioning.frames, generator)
             on_step("decode", 1, 1)
-        return VideoOutput(frames[start.overlap_frames :], params.fps, start.continues)
+        return VideoOutput(frames[conditioning.overlap_frames :], params.fps, conditioning.continues)
 
     def _encode_prompts(self, params: TextToVideo) -> dict[str, Any]:
-        """As diffusers' keyword arguments; the negative ones where there is guidance."""
+        """Embeddings as diffusers' keyword arguments; the negative prompt's only with guidance."""
         embeds, mask = self._embeds(params.prompt)
         inputs = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
         if params.guidance_scale > 1:
@@ -96,7 +102,7 @@ class Ltx:
         return inputs
 
     def _embeds(self, text: str) -> tuple[torch.Tensor | None, ...]:
-        """T5's (1, tokens, width), and which tokens count."""
+        """T5 embeddings (1, tokens, width), and their attention mask."""
 
         def encode() -> tuple[torch.Tensor | None, ...]:
             pipe = self._pipe("text_encoder")
@@ -107,7 +113,7 @@ class Ltx:
     def _denoise(
         self,
         params: TextToVideo,
-        start: "Conditioning",
+        conditioning: "Conditioning",
         embeds: dict[str, Any],
         generator: torch.Generator,
         on_step: OnStep,
@@ -117,11 +123,11 @@ class Ltx:
         faster = compiled_blocks(pipe.transformer, self._weights.compiled and not params.loras)
         with apply_loras(pipe, params.loras, self._residency.device), faster:
             return pipe(
-                conditions=list(start.conditions) or None,
+                conditions=list(conditioning.conditions) or None,
                 **embeds,
                 width=params.width,
                 height=params.height,
-                num_frames=start.frames,
+                num_frames=conditioning.frames,
                 frame_rate=params.fps,
                 num_inference_steps=params.num_inference_steps,
                 guidance_scale=params.guidance_scale,
@@ -146,11 +152,11 @@ class Ltx:
         vae.use_framewise_decoding = count > WHOLE_FRAMES
         with tiled_decoding(vae, self._residency.mode.tiled):
             pixels = vae.decode(latents, timestep, return_dict=False)[0][0]
-        vae.use_framewise_decoding = False  # encoding heeds it too
+        vae.use_framewise_decoding = False  # else it applies to encoding, too
         return to_frames(pixels)
 
     def _pipe(self, *names: str) -> LTXConditionPipeline:
-        """diffusers' pipeline on the named components alone."""
+        """diffusers' pipeline with only the named components."""
         parts = {"text_encoder": None, "transformer": None, "vae": None} | {name: self._acquire(name) for name in names}
         noise_scheduler = self._noise_scheduler.from_config(self._noise_scheduler.config, **UNSHIFTED)
         pipe = LTXConditionPipeline(**parts, tokenizer=self._tokenizer, scheduler=noise_scheduler)
@@ -162,12 +168,15 @@ class Ltx:
 
 
 ARCHITECTURES = frozenset({"LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"})
-"""What `model_index.json` may name: the same components, of which LTXConditionPipeline makes all that the others do."""
+"""Names that `model_index.json` may have. Their components are the same, and LTXConditionPipeline does what all do."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a run begins with, and the frames to make. The first `overlap_frames` stand in the video `continues` already."""
+    """What a run starts from, and the number of frames to make.
+
+    The first `overlap_frames` are already in `continues`, the video that is extended.
+    """
 
     frames: int
     conditions: tuple[LTXVideoCondition, ...] = ()
@@ -180,10 +189,10 @@ def from_text(params: TextToVideo) -> Conditioning:
 
 
 def from_image(params: ImageToVideo) -> Conditioning:
-    """The first frame, or the first and the last."""
+    """Images are the first frame, or the first and the last."""
     if len(params.images) not in (1, 2):
         raise InvalidInput(f"This model takes 1 or 2 images, not {len(params.images)}.")
-    pictures = [open_covering(path, size_of(params)) for path in params.images]
+    pictures = [open_covering(path, params.size) for path in params.images]
     places = zip((0, params.num_frames - 1), pictures, strict=False)
     return Conditioning(
         params.num_frames, tuple(LTXVideoCondition(image=picture, frame_index=n) for n, picture in places)
@@ -191,18 +200,18 @@ def from_image(params: ImageToVideo) -> Conditioning:
 
 
 def from_video_end(params: ExtendVideo) -> Conditioning:
-    """As many of the last frames as leave the length that the model was trained on: 8n + 1, at least one."""
+    """The last 8n + 1 frames condition the run: as many as fit in the length that the model was trained on."""
     wanted = min(CONTEXT_FRAMES, max(1, TRAINED_FRAMES - params.num_frames))
-    frames = align_to_latents(last_frames(params.video, size_of(params), wanted, params.fps)[::-1])[::-1]
+    frames = align_to_latents(last_frames(params.video, params.size, wanted, params.fps)[::-1])[::-1]
     start = Conditioning(len(frames) + params.num_frames, (video_condition(frames),))
     return replace(start, overlap_frames=len(frames), continues=params.video)
 
 
 def from_reference(params: ReferenceToVideo) -> Conditioning:
-    """A video whose composition and motion are kept, half of it drawn anew."""
+    """A video whose composition and motion are kept: it is denoised from half way on."""
     if params.video is None or params.images:
         raise InvalidInput("This model takes a video as its reference, and no images.")
-    frames = align_to_latents(first_frames(params.video, size_of(params), params.num_frames, params.fps))
+    frames = align_to_latents(first_frames(params.video, params.size, params.num_frames, params.fps))
     return Conditioning(params.num_frames, (replace(video_condition(frames), strength=REFERENCE_STRENGTH),))
 
 
@@ -221,16 +230,3 @@ def align_to_latents(frames: list[Frame]) -> list[Frame]:
 
 def video_condition(frames: list[Frame]) -> LTXVideoCondition:
     return LTXVideoCondition(video=[Image.fromarray(frame) for frame in frames])
-
-
-def size_of(params: TextToVideo) -> tuple[int, int]:
-    return params.width, params.height
-
-
-def check(params: TextToVideo) -> None:
-    if params.width % SIZE_MULTIPLE or params.height % SIZE_MULTIPLE:
-        raise InvalidInput(f"{params.width} x {params.height}: both must be multiples of {SIZE_MULTIPLE}.")
-    added = isinstance(params, ExtendVideo)
-    if (params.num_frames - (0 if added else 1)) % FRAMES_PER_LATENT:
-        rule = "added frames must be a multiple of 8" if added else "frames must be a multiple of 8, and one"
-        raise InvalidInput(f"{params.num_frames} frames: {rule}.")

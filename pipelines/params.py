@@ -201,6 +201,11 @@ class TextToVideo(Params):
     negative_prompt: NegativePrompt = ""
     loras: AppliedLoras = ()
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), as Pillow has it."""
+        return self.width, self.height
+
 
 class ImageToVideo(TextToVideo):
     """`images`: the first frame, or the first and the last."""

@@ -1,10 +1,7 @@
-"""Matrices kept in 4 bits (nf4) by bitsandbytes, made from the plain weights when they are loaded.
+"""Quantisation of weights: fp8 storage (diffusers' layerwise casting) and nf4 (bitsandbytes), made fit for packing.
 
-diffusers' own quantiser for this wants a GPU, and leaves all of the model on it before it was counted. Here one layer
-at a time is quantised, where there is a GPU on that, and all that a layer then needs lies among its parameters and
-buffers, so that it is packed and moved as any other.
+All that a quantised layer needs is in its parameters and buffers, so it is packed and moved as any other.
 """
-# FROM pipelines.casting: Matrices kept in 8 bits and widened one layer at a time: diffusers' layerwise casting, made fit for packed weights.  diffusers narrows each weight again after use, into new memory; here the narrow one stays where it is and is pointed at again. Both give the same bits, since widening loses nothing.
 
 from typing import Any
 
@@ -18,43 +15,51 @@ HOOK = "layerwise_casting"
 
 
 def apply_fp8_casting(module: torch.nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
-    """Narrow the module's linear, convolution and embedding layers to `storage`, but for those of `not_cast`."""
+    """Casts linear, convolution and embedding layers to `storage`, except those of `not_cast`.
+
+    diffusers casts each weight back after use, into new memory. Here the stored one remains where it is, and the layer
+    points at it again; outputs are the same bits, since upcasting loses nothing.
+    """
     apply_layerwise_casting(module, storage, compute, skip_modules_pattern=not_cast(type(module).__name__))
     for layer in module.modules():
         hook = getattr(layer, "_diffusers_hook", None)
         if hook is not None and (cast := hook.get_hook(HOOK)) is not None:
-            widened = UpcastHook(compute)
-            cast.fn_ref.pre_forward, cast.fn_ref.post_forward = widened.enter, widened.leave
+            upcast = UpcastHook(compute)
+            cast.fn_ref.pre_forward, cast.fn_ref.post_forward = upcast.enter, upcast.leave
 
 
 class UpcastHook:
-    """One layer's tensors, wide while it runs."""
+    """Upcasts one layer's tensors to the dtype that computes, while the layer runs."""
 
     def __init__(self, compute: torch.dtype) -> None:
         self._compute = compute
-        self._narrow: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._stored: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def enter(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self.narrow()  # a run that raised inside left it wide
+        self.restore()  # a run that raised inside the layer left it upcast
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            self._narrow.append((tensor, tensor.data))
+            self._stored.append((tensor, tensor.data))
             tensor.data = tensor.data.to(self._compute)
         return args, kwargs
 
     def leave(self, layer: torch.nn.Module, output: Any) -> Any:
-        self.narrow()
+        self.restore()
         return output
 
-    def narrow(self) -> None:
-        """Point at the narrow tensors again, but for those that were pointed elsewhere meanwhile: moved weights."""
-        while self._narrow:
-            tensor, narrow = self._narrow.pop()
+    def restore(self) -> None:
+        """Points the tensors at the stored weights again, except those that were moved to another buffer meanwhile."""
+        while self._stored:
+            tensor, stored = self._stored.pop()
             if tensor.dtype == self._compute:
-                tensor.data = narrow
+                tensor.data = stored
 
 
 def quantize_nf4(module: torch.nn.Module, compute: torch.dtype) -> None:
-    """Quantise the linear layers, but for those that diffusers keeps in float32 (see `sizes.nf4_layers`)."""
+    """Quantises the linear layers, except those that diffusers keeps in float32 (see `sizes.nf4_layers`).
+
+    diffusers' own quantiser needs a GPU, and leaves the whole model there before its memory was reserved. This one
+    quantises one layer at a time, on the GPU if there is one, and returns it to the host.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     code: list[torch.Tensor] = []
     for name, layer in list(module.named_modules()):
@@ -66,7 +71,7 @@ def quantize_nf4(module: torch.nn.Module, compute: torch.dtype) -> None:
 def quantised(
     layer: torch.nn.Linear, compute: torch.dtype, device: str, code: list[torch.Tensor]
 ) -> bitsandbytes.nn.Linear4bit:
-    """The layer on the host. `code` holds the table of the 16 values once it is known: all layers share it."""
+    """The quantised layer, on the host. `code` is filled with the table of 16 values, which all layers share."""
     made = bitsandbytes.nn.Linear4bit(
         layer.in_features,
         layer.out_features,
@@ -81,7 +86,9 @@ def quantised(
     )
     made.weight = weight.to(device).to("cpu")
     made.bias = layer.bias
-    made.support_avx512bf16_for_cpu = False  # else it lays its weights out anew, outside of the buffer
+    made.support_avx512bf16_for_cpu = (
+        False  # else bitsandbytes re-arranges the weights in new memory, outside of the buffer
+    )
     state = made.weight.quant_state
     code[:] = code or [state.code]
     state.code = code[0]

@@ -1,4 +1,4 @@
-"""rembg: a picture without its background, by rembg's own library, one of its sessions kept open per model."""
+"""Background removal with the rembg library. Each model's ONNX session is a component."""
 
 import os
 from pathlib import Path
@@ -16,16 +16,16 @@ from pipelines.media.images import open_image
 from pipelines.params import RemoveBackground
 from pipelines.residency.residency import Residency
 
-# rembg imports an alpha matting that is not used here and that numba compiles at import: for a minute, where no earlier
-# import could leave its work in the package's folder. Without numba's compiler the import takes its 2 to 4 seconds.
+# rembg imports an alpha matting, not used here, which numba compiles at import: a minute, unless the result is
+# cached in the package's folder. Without numba's compiler, the import takes 2 to 4 seconds.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 REFUSALS = (NoSuchFile, InvalidProtobuf, InvalidGraph, InvalidArgument)
-"""What onnxruntime raises for a file; other errors are the device's."""
+"""Errors that onnxruntime raises for an unusable file; others concern the device."""
 
 
 def build(weights: Weights, residency: Residency) -> "Rembg":
-    """The adapter for one model; its session is opened when a run needs it."""
+    """The adapter for one model. Opens no session; runs do."""
     return Rembg(weights, residency)
 
 
@@ -43,7 +43,7 @@ class Rembg:
         self._residency = residency
 
     def generate(self, params: RemoveBackground, on_step: OnStep) -> Image.Image:
-        """RGBA of the input's size, exactly what `rembg.remove` makes: the input, alpha too, times the mask.
+        """The input as RGBA, with alpha multiplied by the mask: exactly the output of `rembg.remove`.
 
         Raises `InvalidInput` for an unusable file, and whatever `on_step` raises.
         """
@@ -59,32 +59,32 @@ class Rembg:
 
 
 def open_session(model: str, path: Path, device: torch.device) -> Any:
-    """rembg's session of that name, which knows the network's size and normalisation, on the ONNX file at `path`.
+    """rembg's session class for the model, which has the network's size and normalisation, on the ONNX file `path`.
 
-    Raises `UnusableWeights` for a name that rembg does not know, and for a file that is no ONNX network.
+    Raises `UnusableWeights` if rembg has no model of that name, or the file is not an ONNX network.
     """
     if model not in sessions:
-        raise UnusableWeights(f"rembg knows no model {model}; it knows {', '.join(sorted(sessions))}")
-    wanted = providers(device)
+        raise UnusableWeights(f"rembg has no model {model}; it has {', '.join(sorted(sessions))}")
+    preferred = providers(device)
     try:
-        session = local(sessions[model], path)(model, session_options(), providers=wanted)
+        session = with_local_file(sessions[model], path)(model, session_options(), providers=preferred)
     except REFUSALS as error:
         raise UnusableWeights(f"{path}: {error}") from error
-    if wanted[0] not in session.inner_session.get_providers():  # onnxruntime itself goes to the CPU with a warning
-        raise RuntimeError(f"onnxruntime cannot use {wanted[0]}; its log says which library is missing")
+    if preferred[0] not in session.inner_session.get_providers():  # else onnxruntime uses the CPU, with a warning
+        raise RuntimeError(f"onnxruntime cannot use {preferred[0]}; its log says which library is missing")
     return session
 
 
-def local(session: type, path: Path) -> type:
-    """The session class with the file given, where rembg's own would look in the home folder and download."""
+def with_local_file(session: type, path: Path) -> type:
+    """The session class, but for this file; rembg's own would look in the home folder, and download."""
     return type(session.__name__, (session,), {"download_models": classmethod(lambda cls, *args, **kwargs: str(path))})
 
 
 def session_options() -> onnxruntime.SessionOptions:
     """As `rembg.new_session` sets them: `OMP_NUM_THREADS` threads, or onnxruntime's choice.
 
-    onnxruntime's memory arena stays: a network's input has one size, so it does not grow (u2netp: as much after 200
-    pictures of different sizes as after 10). Without it u2netp takes 0.46 GB less, and nearly three times as long.
+    onnxruntime's memory arena stays enabled: a network's input has one size, so the arena does not grow (measured with
+    u2netp, 200 pictures of different sizes). Without it u2netp takes 0.46 GB less, but nearly three times as long.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))
@@ -92,7 +92,7 @@ def session_options() -> onnxruntime.SessionOptions:
 
 
 def providers(device: torch.device) -> list[str]:
-    """CUDA with the libraries that torch's wheels brought, or the CPU. A worker sees one GPU: onnxruntime's first."""
+    """CUDA, with the libraries of torch's wheels, or the CPU. A worker sees one GPU, which is onnxruntime's first."""
     if device.type != "cuda":
         return ["CPUExecutionProvider"]
     onnxruntime.preload_dlls()

@@ -42,7 +42,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return graph.forward
 
     torch.compiler.reset()
-    monkeypatch.setattr(diffusion, "BACKEND", keep)
+    monkeypatch.setattr(diffusion, "COMPILE_BACKEND", keep)
     return seen
 
 

@@ -67,8 +67,8 @@ def test_the_bytes_foreseen_from_the_headers_are_those_of_the_loaded_tensors(
         assert len(component.block_bytes) == len(layout.blocks)
     by_size = sorted(layout.blocks, key=lambda block: block.size_bytes)
     for foreseen, block in zip(sorted(component.block_bytes), by_size, strict=False):
-        assert 0 <= block.size_bytes - foreseen < ALIGNMENT_BYTES * len(block.places)
-    slack = ALIGNMENT_BYTES * len(layout.places) + BLOCK_ALIGNMENT_BYTES * len(layout.blocks)
+        assert 0 <= block.size_bytes - foreseen < ALIGNMENT_BYTES * len(block.slots)
+    slack = ALIGNMENT_BYTES * len(layout.slots) + BLOCK_ALIGNMENT_BYTES * len(layout.blocks)
     unsaved = sum(t.nbytes for name, t in module.named_buffers() if name not in module.state_dict())
     assert 0 <= layout.total_bytes - component.weights_bytes <= slack + unsaved
 

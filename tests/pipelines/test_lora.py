@@ -249,8 +249,8 @@ def dora(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (with_encoder, "text_encoder.*denoiser alone"),
         (too_wide, r"\(2, 128\).*x_embedder"),
         (of_another_model, "transformer_blocks"),
-        (lokr, "no part of a plain LoRA"),
-        (dora, "dora_scale is no part of a plain LoRA"),
+        (lokr, "not part of a plain LoRA"),
+        (dora, "dora_scale is not part of a plain LoRA"),
         (lambda tensors: {"other": torch.ones(2)}, "other"),
     ],
 )
@@ -259,7 +259,7 @@ def test_what_is_no_lora_of_this_denoiser_is_refused(build, root: Path, tmp_path
     plain = bits(dev.generate(params(), ignore))
     before = trace(held(root, residency))
     bad = changed(root, tmp_path / "bad.safetensors", change)
-    with pytest.raises(UnusableWeights, match=f"LoRA bad does not go with this model: .*{why}"):
+    with pytest.raises(UnusableWeights, match=f"LoRA bad does not fit this model: .*{why}"):
         dev.generate(params(lora(root / "one.safetensors"), lora(bad)), ignore)
     assert trace(held(root, residency)) == before
     assert bits(dev.generate(params(), ignore)) == plain

@@ -227,7 +227,7 @@ def test_a_reference_video_is_half_kept(model: Ltx, footage: Path):
     ("params", "words"),
     [
         (text(width=48), "multiples of 32"),
-        (text(num_frames=8), "multiple of 8, and one"),
+        (text(num_frames=8), "multiple of 8, plus one"),
         (image(*[Path("a.png")] * 3), "takes 1 or 2 images, not 3"),
         (reference(None, Path("a.png")), "takes a video as its reference"),
         (extend(Path("a.mp4"), num_frames=9), "multiple of 8"),

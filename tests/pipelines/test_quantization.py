@@ -106,8 +106,8 @@ def test_the_bytes_foreseen_from_the_headers_are_those_of_the_loaded_tensors(
     assert len(component.block_bytes) == len(layout.blocks) > 1
     foreseen = sorted(component.block_bytes)
     for size, block in zip(foreseen, sorted(layout.blocks, key=lambda each: each.size_bytes), strict=True):
-        assert 0 <= block.size_bytes - size < ALIGNMENT_BYTES * len(block.places)
-    slack = ALIGNMENT_BYTES * len(layout.places) + BLOCK_ALIGNMENT_BYTES * len(layout.blocks)
+        assert 0 <= block.size_bytes - size < ALIGNMENT_BYTES * len(block.slots)
+    slack = ALIGNMENT_BYTES * len(layout.slots) + BLOCK_ALIGNMENT_BYTES * len(layout.blocks)
     unsaved = sum(each.nbytes for each in module.buffers())
     assert 0 <= layout.total_bytes - component.weights_bytes <= slack + unsaved
 
@@ -286,7 +286,7 @@ def of_kind(number: int) -> Callable[[bytes], bytes]:
         (lambda good: head(pairs=1) + text(b"k") + struct.pack("<I", 77), "a value of type 77"),
         (of_kind(39), "kind 39"),
         (lambda good: head() + text(b"w") + struct.pack("<IQIQ", 1, 33, 8, 0) + bytes(999), "rows of 33"),
-        (lambda good: head() + text(b"w") + struct.pack("<IQIQ", 1, 2**63, 0, 0) + bytes(999), "startPredictionError"),
+        (lambda good: head() + text(b"w") + struct.pack("<IQIQ", 1, 2**63, 0, 0) + bytes(999), "promises"),
         (lambda good: head() + text(b"w") + struct.pack("<I", 4_000_000), "dimensions"),
     ],
 )

@@ -177,7 +177,7 @@ def test_any_size_comes_out_twice_as_large(
 
 @pytest.mark.parametrize("name", ["compact-2x", "rrdb-2x-unshuffle"])
 def test_a_network_of_two_cannot_enlarge_four_times(networks: dict[str, Network], name: str) -> None:
-    with pytest.raises(InvalidInput, match="enlarges 2 times: it cannot enlarge 4 times"):
+    with pytest.raises(InvalidInput, match="enlarges 2 times; it cannot enlarge 4 times"):
         run(networks[name], CORNER, 4)
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from skimage import data
 
+from pipelines import rembg as family
 from pipelines.base import InvalidInput, UnusableWeights
 from pipelines.params import RemoveBackground
 from pipelines.rembg import Rembg, build, open_session, rembg, sessions
@@ -80,7 +81,7 @@ def test_a_file_that_is_no_picture_is_the_callers_fault(pipeline: Rembg, tmp_pat
 
 def test_the_session_is_opened_once_until_it_is_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(rembg, "open_session", lambda *given: opened.append(given[0]) or open_session(*given))
+    monkeypatch.setattr(family, "open_session", lambda *given: opened.append(given[0]) or open_session(*given))
     weights, residency = single_file("u2netp", "rembg", starter("u2netp")), Residency("cpu")
     pipeline = build(weights, residency)
     first, second = (cut_out(pipeline, ASTRONAUT, tmp_path) for _ in range(2))
@@ -114,13 +115,13 @@ def test_nothing_is_downloaded_or_written_to_the_home_folder(tmp_path: Path, mon
 
 def test_threads_are_as_many_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert rembg.session_options().intra_op_num_threads == 1
+    assert family.session_options().intra_op_num_threads == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert rembg.session_options().intra_op_num_threads == 0
+    assert family.session_options().intra_op_num_threads == 0
 
 
 def test_a_model_that_rembg_does_not_know_is_refused() -> None:
-    with pytest.raises(UnusableWeights, match=r"knows no model u3net; it knows .*u2netp"):
+    with pytest.raises(UnusableWeights, match=r"has no model u3net; it has .*u2netp"):
         open_session("u3net", starter("u2netp"), CPU)
 
 

@@ -251,7 +251,7 @@ def test_a_picture_covers_the_clip(picture: Path):
     ("kind", "params", "words"),
     [
         ("t2v", text(width=72), "multiples of 16"),
-        ("t2v", text(num_frames=8), "multiple of 4, and one"),
+        ("t2v", text(num_frames=8), "multiple of 4, plus one"),
         ("i2v", image(Path("a.png"), Path("b.png")), "takes 1 image, not 2"),
         ("flf2v", image(Path("a.png")), "takes 2 images, not 1"),
         ("vace", image(*[Path("a.png")] * 3), "takes 1 or 2 images, not 3"),
