@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from pydantic.alias_generators import to_camel
 
+from pipelines.base import round_to_multiple
 from pipelines.catalog.catalog import Catalog, Frames, Model
 from pipelines.media.images import MAX_SIDES
 from pipelines.params import MAX_SEED, PARAMS, Body, Params, TextToImage, TextToVideo
@@ -104,7 +105,10 @@ def video_size(
     if abs(nearest[0] / nearest[1] / aspect - 1) <= NEAR:
         return nearest
     area = first[0] * first[1]
-    return rounded(sqrt(area * aspect), model.size_multiple), rounded(sqrt(area / aspect), model.size_multiple)
+    width, height = (
+        round_to_multiple(side, model.size_multiple) for side in (sqrt(area * aspect), sqrt(area / aspect))
+    )
+    return width, height
 
 
 def rate_of(model: Model, frames: Frames, asked: int | None, extended: InputVideo | None) -> int:
@@ -141,10 +145,6 @@ def count_of(model: Model, frames: Frames, first: int, duration: float, fps: int
 def listed(values: Sequence[int]) -> str:
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}" if most else last
-
-
-def rounded(length: float, multiple: int) -> int:
-    return max(multiple, round(length / multiple) * multiple)
 
 
 OPTIONAL_PARAMS = frozenset({"num_inference_steps", "guidance_scale", "strength", "negative_prompt"})
@@ -281,8 +281,4 @@ def _infer_workflow(kind: str, body: Body) -> str:
 
 def _same_shape(image: StoredImage, area: int, multiple: int) -> tuple[int, int]:
     aspect = min(max(image.width / image.height, MIN_ASPECT), MAX_ASPECT)
-    return _rounded(math.sqrt(area * aspect), multiple), _rounded(math.sqrt(area / aspect), multiple)
-
-
-def _rounded(length: float, multiple: int) -> int:
-    return max(multiple, round(length / multiple) * multiple)
+    return round_to_multiple(math.sqrt(area * aspect), multiple), round_to_multiple(math.sqrt(area / aspect), multiple)

@@ -1,6 +1,6 @@
-"""The process that owns one device: takes commands from its pipe, runs them one by one, tells events.
+"""The worker process, which owns one device: receives commands from a pipe, runs jobs one by one, sends events.
 
-Started by the supervisor as `python -m server.worker FD DEVICE FAMILY…`; it ends when the server does.
+Started by the supervisor as `python -m server.workers.process FD DEVICE FAMILY…`. It exits when the server does.
 """
 
 import ctypes
@@ -43,13 +43,13 @@ log = logging.getLogger("plantain.worker")
 PR_SET_PDEATHSIG = 1
 
 HOST_BUDGET = "PLANTAIN_WORKER_HOST_BYTES"
-"""In the environment: what this worker's copies of weights in host memory may take."""
+"""Environment variable: the budget in bytes of this worker's copies of weights in host memory."""
 
 
 class WorkerProcess:
     """One device, the weights that are resident on it, and the pipelines that run them.
 
-    Beside the thread that runs jobs, one brings what the next job needs; both send events.
+    Two threads: one runs jobs, the other prefetches components for the next job. Both send events.
     """
 
     def __init__(self, connection: Connection, device: str, families: list[str]) -> None:
@@ -57,35 +57,35 @@ class WorkerProcess:
         self.residency = Residency(device, host_budget_bytes=int(os.environ.get(HOST_BUDGET, 0)) or None)
         self.pipelines: dict[Weights, Pipeline] = {}
         self.families = families
-        self.prefetcher = Prefetcher(self.residency, self.tell_prefetched)
+        self.prefetcher = Prefetcher(self.residency, self.send_prefetch_event)
         self._sending = threading.Lock()
 
     def serve(self) -> None:
-        """Until the server closes the pipe or asks for an end."""
+        """Handles commands until the server closes the pipe or requests a shutdown."""
         self.send(Ready(measured_bytes_per_s(self.residency.device)))
         while True:
-            self.prepare()
+            self.preload_families()
             match self.connection.recv():
                 case Run() as command:
                     self.run(command)
                     self.residency.release_cache()
-                    self.tell_resident()
+                    self.send_resident()
                 case Evict() | Prefetch() as command:
-                    self.rearrange(command)
+                    self.handle_residency_command(command)
                 case Cancel():
-                    pass  # it ended before the command came
+                    pass  # the job ended before the command arrived
                 case _:
                     return
 
-    def prepare(self) -> None:
-        """Import families while nothing waits: some take seconds, which no request should wait for."""
+    def preload_families(self) -> None:
+        """Imports family modules while no command is waiting: some take seconds."""
         while self.families and not self.connection.poll():
             family_module(self.families.pop())
 
     def run(self, command: Run) -> None:
-        """Run one job to its event. After a CUDA error other than out of memory the context is not to be trusted."""
+        """Runs one job and sends its event. Raises CUDA errors other than out of memory: the process must exit then."""
         try:
-            self.send(self.outcome(command))
+            self.send(self.run_pipeline(command))
         except JobCancelled:
             self.send(Cancelled(command.job_id))
         except InvalidInput as error:
@@ -104,33 +104,32 @@ class WorkerProcess:
             return Failed(job_id, "STORAGE_FULL", "The server's disk is full.")
         if not is_out_of_memory(error):
             return Failed(job_id, "GENERATION_FAILED", "The generation failed; the server's log says why.")
-        traceback.clear_frames(error.__traceback__)  # they keep what the run had made so far
+        traceback.clear_frames(error.__traceback__)  # their local variables refer to the tensors of the run
         self.residency.evict_all()
         if isinstance(error, MemoryError):
             self.residency.clear()
         message = str(error) if isinstance(error, HostMemoryExhausted) else "The device ran out of memory."
         return Failed(job_id, "OUT_OF_MEMORY", message)
 
-    def rearrange(self, command: Evict | Prefetch) -> None:
-        """What lies where is to change, while a job runs or between two."""
+    def handle_residency_command(self, command: Evict | Prefetch) -> None:
+        """Evicts or prefetches, between two jobs or two steps of one."""
         if isinstance(command, Evict):
             self.residency.evict(command.key)
-            self.tell_resident()
+            self.send_resident()
         else:
-            request = PrefetchRequest(command.job_id, command.weights, command.to_device, command.to_host)
-            self.prefetcher.submit(request)
+            self.prefetcher.submit(PrefetchRequest(command.job_id, command.weights, command.to_device, command.to_host))
 
-    def tell_resident(self) -> None:
-        with self._sending:  # what is told last is what was last so
+    def send_resident(self) -> None:
+        with self._sending:  # read and sent under one lock: the last event has the latest state
             self.connection.send(Resident(self.residency.resident(), self.residency.component_statuses()))
 
-    def tell_prefetched(self, job_id: str, failure: str | None) -> None:
-        """Said by the prefetching thread: a component has come; or, with a text, the errand has ended."""
-        self.tell_resident()
+    def send_prefetch_event(self, job_id: str, failure: str | None) -> None:
+        """Called by the prefetch thread after each component, and with `failure` (or "") at the end of a request."""
+        self.send_resident()
         if failure is not None:
             self.send(Prefetched(job_id, failure))
 
-    def outcome(self, command: Run) -> Succeeded:
+    def run_pipeline(self, command: Run) -> Succeeded:
         started = time.monotonic()
         context = {"files": command.files, "loras": command.loras}
         params = PARAMS[command.workflow].model_validate(dict(command.params), context=context)
@@ -138,7 +137,7 @@ class WorkerProcess:
         pipeline = self.pipeline(command.weights)
         self.residency.begin_run(command.way, [component.key for component in command.weights.components])
         made = pipeline.generate(params, on_step)
-        peaks = self.residency.end_run() if not command.loras else ()  # theirs are not the model's
+        peaks = self.residency.end_run() if not command.loras else ()  # a LoRA's memory is not the model's
         if isinstance(made, VideoOutput):
             saved = made.save(command.output, on_step)
             run_s = time.monotonic() - started
@@ -153,22 +152,22 @@ class WorkerProcess:
         return self.pipelines[weights]
 
     def on_step(self, job_id: str) -> OnStep:
-        def tell(phase: str, step: int, steps: int) -> None:
+        def report(phase: str, step: int, steps: int) -> None:
             self.residency.enter_phase(phase)
             self.send(Progress(job_id, phase, step, steps))
             while self.connection.poll():
-                if self.was_cancelled(job_id, self.connection.recv()):
+                if self.handle_while_running(job_id, self.connection.recv()):
                     raise JobCancelled
 
-        return tell
+        return report
 
-    def was_cancelled(self, job_id: str, command: Command) -> bool:
-        """A shutdown ends the process here and now. What is to change around the job changes between two steps."""
+    def handle_while_running(self, job_id: str, command: Command) -> bool:
+        """Handles a command between two steps. Returns whether it cancels this job. A shutdown exits the process."""
         match command:
             case Cancel():
                 return command.job_id == job_id
             case Evict() | Prefetch():
-                self.rearrange(command)
+                self.handle_residency_command(command)
                 return False
         sys.exit(0)
 
@@ -179,16 +178,18 @@ class WorkerProcess:
 
 def main(descriptor: str, device: str, *families: str) -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(levelname)s [{device}] %(message)s")
-    # It warns of a missing package that would fetch code from a hub; it is not missed here.
+    # bitsandbytes warns of a missing package, which would download code from a hub and is not needed here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then stops its workers
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed server must not leave a device occupied
+        ctypes.CDLL(None).prctl(
+            PR_SET_PDEATHSIG, signal.SIGKILL
+        )  # a killed server must not leave workers that occupy devices
     worker = WorkerProcess(Connection(int(descriptor)), device, list(families))
     try:
         worker.serve()
     except (EOFError, BrokenPipeError):
-        log.info("the server is gone")
+        log.info("the server has exited")
     finally:
         worker.prefetcher.stop()
 
