@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-PROJECT = Path(__file__).resolve().parent.parent
+from pipelines.catalog.catalog import PROJECT
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Route = Literal["local-only", "prefer-local", "remote-only"]
