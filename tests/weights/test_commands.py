@@ -78,7 +78,7 @@ def test_pull_offline(plantain, monkeypatch):
 
 def test_verify(plantain, tmp_path: Path):
     plantain("pull", "mine", "--accept-licence")
-    assert plantain("verify").stdout == "All weights are what they should be.\n"
+    assert plantain("verify").stdout == "All weights are intact.\n"
     (tmp_path / "data" / "weights" / "mine.safetensors").write_bytes(tensors(2))
     wrong = plantain("verify")
     assert wrong.exit_code == 1
