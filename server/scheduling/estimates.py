@@ -1,5 +1,7 @@
-"""How long jobs take: learned from each run, by model, workflow and shape. The table `timing` keeps it."""
-# FROM server.peaks: What runs were measured to take beside the weights, and what is to be expected from it. Kept in the database.
+"""Estimates learned from runs: duration by model, workflow and work; peak memory by mode, phase and shape. Pure.
+
+The tables `timing` and `peak` store what was measured (`server/dispatch/records.py`).
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

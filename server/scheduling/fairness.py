@@ -1,5 +1,8 @@
-"""The books of fairness, kept up as jobs come, start and end. Pure: told the time, never asking for it."""
-# FROM server.fairness: Who has had how much: device-seconds by user, over the weight of their plan. Pure.  Fair queueing by virtual time, as in Linux's CFS: whoever has spent least goes first, and whoever comes back after a pause starts level with the others, neither ahead for having been away nor behind for what nobody else wanted.
+"""Fair-share accounting: device-seconds by user, divided by the weight of their plan. Pure.
+
+Fair queueing by virtual time, as in Linux's CFS: the user with the least virtual time goes first, and a user who returns
+after a pause starts at the minimum virtual time, so that a pause neither earns nor costs anything.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping

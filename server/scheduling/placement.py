@@ -1,5 +1,4 @@
-"""What is tried next with a job that ran out of memory. Pure."""
-# FROM server.placement: Where a job fits, in which way, and what must make room for it there. Pure.
+"""Placement: the mode and device in which a job fits, the evictions that it takes, and the next attempt after out of memory. Pure."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
