@@ -1,4 +1,4 @@
-"""Settings: what an operator may choose, read once into a frozen dataclass. Checks that open mode is on loopback only."""
+"""Settings: what an operator may choose, read once into a frozen dataclass. Open mode is for loopback only."""
 
 import ipaddress
 import os

@@ -2,7 +2,7 @@
 
 safetensors and ONNX; and GGUF, where `weights.toml` names the very file. All three are data: loading them runs no code.
 """
-# GGUF format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. No header value is trusted before it is checked.
+# GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. No header value is trusted before it is checked.
 
 import json
 import struct

@@ -1,5 +1,6 @@
-"""Resolves a request into a pipeline's params: workflow, size, frames, seed. Pure; invalid input is refused, not corrected.
+"""Resolves a request into a pipeline's params: workflow, size, frames, seed. Pure.
 
+Invalid input is refused, not corrected.
 A video length between two that a model can make becomes the nearer one; the output's `duration` says which.
 """
 
