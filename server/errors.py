@@ -243,10 +243,11 @@ class StorageFull(PlantainError):
 
 def from_code(code: str, default: type[PlantainError]) -> type[PlantainError]:
     """The class of an error code that was stored."""
-    return next((cls for cls in _subclasses(PlantainError) if cls.code == code), default)
+    return next((cls for cls in subclasses(PlantainError) if cls.code == code), default)
 
 
-def _subclasses(cls: type[PlantainError]) -> Iterator[type[PlantainError]]:
+def subclasses(cls: type[PlantainError]) -> Iterator[type[PlantainError]]:
+    """All direct and indirect subclasses."""
     for sub in cls.__subclasses__():
         yield sub
-        yield from _subclasses(sub)
+        yield from subclasses(sub)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-PROJECT = Path(__file__).resolve().parent.parent
+from pipelines.catalog.catalog import PROJECT
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Route = Literal["local-only", "prefer-local", "remote-only"]
@@ -38,7 +38,7 @@ class Settings:
     """Jobs that may wait; one more is refused with 503."""
     max_queued_each: int = 1_000
     """Jobs of one user that may wait; one more is refused with 429."""
-    stop_patience_s: float = 120.0
+    shutdown_timeout_s: float = 120.0
     """How long running jobs may take to finish when the server is asked to stop."""
     budget_bytes: int | None = None
     """Bytes that may be given out on each device, where fewer than the device has."""
@@ -103,7 +103,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, o
         "demo": _boolean,
         "max_queued": int,
         "max_queued_each": int,
-        "stop_patience_s": float,
+        "shutdown_timeout_s": float,
         "budget_bytes": int,
         "allowed_networks": _networks,
         "open": _boolean,
@@ -121,6 +121,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, o
     }
     found = {name: environment.get(f"PLANTAIN_{name.upper()}") for name in readers}
     found["fal_key"] = found["fal_key"] or environment.get("FAL_KEY")
+    old_name = "PLANTAIN_STOP_PATIENCE_S"  # until the next release
+    found["shutdown_timeout_s"] = found["shutdown_timeout_s"] or environment.get(old_name)
     return {name: readers[name](text) for name, text in found.items() if text}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.catalog.reader import load_catalog
-from server.errors import PlantainError, _tree
+from server.errors import PlantainError, subclasses
 from server.settings import PROJECT, Settings, from_environment
 from tests.support.server import LiveServer
 
@@ -37,7 +37,7 @@ def test_every_route_is_in_the_docs(live_server: LiveServer):
 
 
 def test_every_error_code_is_in_the_docs():
-    for error in _tree(PlantainError):
+    for error in subclasses(PlantainError):
         assert f"`{error.code}`" in DOCS["api.md"], error.code
 
 

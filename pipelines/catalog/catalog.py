@@ -18,7 +18,13 @@ Quantisation = Literal["fp8-layerwise", "nf4", "gguf"]
 `fp8-layerwise`: in 8 bits. `nf4`: in 4 bits, made by bitsandbytes at loading. `gguf`: as one GGUF file has them.
 """
 
-WEIGHTS_TOML = Path(__file__).resolve().parents[2] / "weights.toml"
+PACKAGED = Path(__file__).resolve().parent / "data"
+"""Made by setup.py: a wheel's copy of the files below."""
+
+PROJECT = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parents[2]
+"""The folder that holds `weights.toml`, `weights/demo` and `docs/astronaut.jpg`: the repository, if there is one."""
+
+WEIGHTS_TOML = PROJECT / "weights.toml"
 
 
 class UnknownModel(LookupError):

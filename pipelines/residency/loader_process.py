@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pipelines.base import Component, Weights, family_module
+from pipelines.python_process import import_environment, module_command
 from pipelines.residency.packed import ALIGNMENT_BYTES, PackedModule
 
 PR_SET_PDEATHSIG = 1
@@ -64,9 +65,9 @@ class LoaderProcess:
     def _start(self) -> Connection:
         ours, theirs = Pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.residency.loader_process", str(theirs.fileno())],
+            module_command("pipelines.residency.loader_process", str(theirs.fileno())),
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            env={**import_environment(), "CUDA_VISIBLE_DEVICES": ""},
         )
         theirs.close()  # else the end of a killed process is never seen as EOF
         self._connection = ours

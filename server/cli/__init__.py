@@ -1,4 +1,4 @@
-"""The command line: `plantain serve`, and what an operator looks at or changes."""
+"""Plantain, a self-hosted inference server: serve, and administer models, users and data."""
 
 import typer
 

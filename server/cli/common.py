@@ -1,3 +1,5 @@
+"""Shared by the commands: the data folder and its lock, the database, tables and errors on the console."""
+
 import fcntl
 import os
 import time
@@ -23,7 +25,7 @@ DATA = Path("data")
 
 @contextmanager
 def open_database(data: Path) -> Iterator[Connection]:
-    """The database in one transaction; what goes wrong is one line for a person."""
+    """The database, in one transaction. Errors end the command with one line on standard error."""
     settings = Settings(data=data)
     if not settings.database.exists():
         raise typer.BadParameter(f"there is no database in {data}: start the server once, or give --data")
@@ -35,19 +37,18 @@ def open_database(data: Path) -> Iterator[Connection]:
         finally:
             database.close()
     except (PlantainError, SettingsError) as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise typer.Exit(1) from None
+        raise typer.Exit(print_error(error)) from None
 
 
 @contextmanager
 def admin_context(data: Path) -> Iterator[AdminContext]:
-    """As `changing`, for what is written into the audit log."""
+    """As `open_database`, for admin actions: they are recorded in the audit log."""
     with open_database(data) as db:
         yield AdminContext(db, admin.COMMAND_LINE, time.time())
 
 
 def print_table(rows: list[dict[str, object]], columns: list[str]) -> None:
-    """A table for a person."""
+    """Prints rows as a table; None is empty."""
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
@@ -55,8 +56,8 @@ def print_table(rows: list[dict[str, object]], columns: list[str]) -> None:
 
 
 def lock_data(data: Path) -> IO[str]:
-    """Hold the data folder for this process: two servers on one queue would run its jobs twice."""
-    try:  # the folder has keys, sessions and pictures: it is not for others on this machine
+    """Locks the data folder for this process: two servers on one queue would run its jobs twice."""
+    try:  # the folder holds keys, sessions and images: not for other users of this machine
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (data / "lock").open("a+")
     except OSError as error:
@@ -72,11 +73,7 @@ def lock_data(data: Path) -> IO[str]:
     return lock
 
 
-def print_error(text: str) -> int:
-    Console(stderr=True).print(f"[red]{text}[/red]")
-    return 1
-
-
-def report_errors(error: Exception) -> int:
+def print_error(error: object) -> int:
+    """Prints a message on standard error and returns the exit status 1."""
     Console(stderr=True).print(f"[red]{error}[/red]", highlight=False)
     return 1

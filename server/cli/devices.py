@@ -1,4 +1,4 @@
-"""`plantain devices`, and the memory that models take: as the server last wrote it down."""
+"""`plantain devices` and `plantain models --memory`: what the server last stored about devices and memory."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from server.timestamps import iso
 
 GIB = 2**30
 COMPONENTS = ["device", "component", "models", "on device", "in host memory", "since", "how"]
-MEMORY = ["model", "weights", "phase", "way", "shape", "estimate", "measured", "expected"]
+MEMORY = ["model", "weights", "phase", "mode", "shape", "estimate", "measured", "expected"]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,11 +31,11 @@ def register(app: typer.Typer) -> None:
 
 
 def devices(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     data: Data = Path("data"),
     weights_toml: Annotated[Path, typer.Option("--weights-toml", envvar="PLANTAIN_WEIGHTS_TOML")] = WEIGHTS_TOML,
 ) -> None:
-    """What each device has, when the server last looked: budgets, components, evictions, tries that ran out."""
+    """Show each device as last stored: budgets, components, evictions, out-of-memory attempts."""
     users = ModelRegistry(load_catalog(weights_toml), Installed(data / "weights")).users()
     with open_database(data) as db:
         states = [
@@ -51,7 +51,7 @@ def devices(
 def print_device(state: dict[str, Any]) -> None:
     host = f"; host copies {gib(state['hostBytes'])}" if state["hostBudgetBytes"] else ""
     host += f" of {gib(state['hostBudgetBytes'])}" if state["hostBudgetBytes"] else ""
-    host += f"; other programs {gib(state['othersBytes'])}" if state.get("othersBytes") else ""
+    host += f"; other processes {gib(state['othersBytes'])}" if state.get("othersBytes") else ""
     typer.echo(
         f"{state['id']} ({state['name']}): {gib(state['residentBytes'])} of {gib(state['budgetBytes'])}{host}, "
         f"as of {iso(state['seenAt'])}"
@@ -62,16 +62,16 @@ def print_device(state: dict[str, Any]) -> None:
     for each in state["evictions"][:5]:
         typer.echo(f"  evicted {each['name']}, {gib(each['bytes'])}, at {each['at']}")
     for each in state["oomAttempts"][:5]:
-        last = "then it went to fal" if each["nextDevice"] == FAL else "then it failed"
+        last = "then fell back to fal" if each["nextDevice"] == FAL else "then failed"
         then = f"then {each['nextMode']} on {each['nextDevice']}" if each["nextMode"] else last
         typer.echo(f"  {each['model']} ran out of memory, {each['mode']}, at {each['at']}; {then}")
 
 
 def prefetch_line(prefetch: dict[str, Any]) -> str:
-    """What is brought for a waiting job, or was last."""
+    """The prefetch under way, or the last one."""
     parts = ", ".join(f"{each['name']} ({gib(each['bytes'])}, to the {each['to']})" for each in prefetch["components"])
-    failure = f"; not all came: {prefetch['failure']}" if prefetch["failure"] else ""
-    return f"{'brought' if prefetch['ended'] else 'is brought'} for {prefetch['jobId']}: {parts}{failure}"
+    failure = f"; incomplete: {prefetch['failure']}" if prefetch["failure"] else ""
+    return f"{'prefetched' if prefetch['ended'] else 'prefetching'} for {prefetch['jobId']}: {parts}{failure}"
 
 
 def component_row(device: str, each: dict[str, Any]) -> dict[str, object]:
@@ -89,7 +89,7 @@ def component_row(device: str, each: dict[str, Any]) -> dict[str, object]:
 
 
 def memory_rows(catalog: Catalog, installed: Installed, data: Path) -> list[dict[str, object]]:
-    """For each installed model and phase: the estimate, the largest peak, and what is expected from both."""
+    """For each installed model and phase: the estimate, the largest measured peak, and the expectation from both."""
     measured: list[PeakMeasurement] = []
     if Settings(data=data).database.exists():
         with open_database(data) as db:
@@ -114,11 +114,11 @@ def model_rows(model: Model, installed: Installed, peaks: PeakEstimates) -> Iter
         learned = need_of(weights, model.working, shape, peaks.learned(model.id, model.working, shape))
         for phase in plain.phases:
             expected = next(each for each in learned.phases if each.name == phase.name)
-            for way in {each.way: 0 for each in alike if each.phase == phase.name} or {ExecutionMode(): 0}:
-                found = [each for each in alike if (each.phase, each.way) == (phase.name, way)]
+            for mode in {each.way: 0 for each in alike if each.phase == phase.name} or {ExecutionMode(): 0}:
+                found = [each for each in alike if (each.phase, each.way) == (phase.name, mode)]
                 weights_bytes = plain.phase_weights(phase, ExecutionMode("staged"))
-                figures = weights_bytes, phase.bytes_in(way), largest(found), expected.bytes_in(way)
-                yield memory_row(model, shape, phase.name, way, *figures)
+                figures = weights_bytes, phase.bytes_in(mode), largest(found), expected.bytes_in(mode)
+                yield memory_row(model, shape, phase.name, mode, *figures)
         if not plain.phases:
             figures = plain.weights_bytes, plain.working_bytes, largest(alike), learned.working_in(ExecutionMode())
             yield memory_row(model, shape, "run", ExecutionMode(), *figures)
@@ -128,7 +128,7 @@ def memory_row(
     model: Model,
     shape: Shape,
     phase: str,
-    way: ExecutionMode,
+    mode: ExecutionMode,
     weights: int,
     estimate: int,
     measured: int | None,
@@ -138,7 +138,7 @@ def memory_row(
         "model": model.id,
         "weights": gib(weights),
         "phase": phase,
-        "way": way.name,
+        "mode": mode.name,
         "shape": f"{shape.pixels / 1e6:.2f} MP" + (f" x {shape.frames}" if shape.frames > 1 else ""),
         "estimate": gib(estimate),
         "measured": None if measured is None else gib(measured),
@@ -151,7 +151,7 @@ def largest(measured: list[PeakMeasurement]) -> int | None:
 
 
 def usual_shape(model: Model) -> Shape:
-    """The first of the model's sizes, and its longest video."""
+    """The first of the model's sizes; for video, its longest."""
     width, height = next(iter(model.sizes.values()), (1024, 1024))
     return Shape(width * height, model.frames.max if model.frames else 1)
 

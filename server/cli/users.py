@@ -1,6 +1,4 @@
-"""`plantain users password`."""
-# FROM server.commands.accounts: `plantain users`, `plantain keys`, `plantain credits`: straight on the database, with the server up or down.
-# FROM server.commands.users_import: `plantain users import`.
+"""`plantain users`, `keys` and `credits`: straight on the database, with the server running or not."""
 
 import time
 from pathlib import Path
@@ -16,12 +14,13 @@ from server.settings import Settings
 from server.timestamps import iso
 
 Role = Literal["user", "admin"]
+Password = Annotated[str, typer.Option(prompt=True, confirmation_prompt=True, hide_input=True)]
 OWNER = "owner@localhost"
 DAY_S = 86_400.0
 
-users_app = typer.Typer(no_args_is_help=True, help="Who may call.")
+users_app = typer.Typer(no_args_is_help=True, help="Users.")
 keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
-credits_app = typer.Typer(no_args_is_help=True, help="What calls cost.")
+credits_app = typer.Typer(no_args_is_help=True, help="Credits of users.")
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +39,7 @@ def create_user(email: str, name: str = "", plan: str = "free", role: Role = "us
 
 @users_app.command("list")
 def list_users(data: Data = DATA) -> None:
-    """All users with their balances."""
+    """List all users with their balances."""
     with open_database(data) as db:
         rows = list(db.query("SELECT *, iif(banned, 'banned', '') AS ban FROM user ORDER BY createdAt"))
     print_table(rows, ["email", "name", "role", "plan", "balance", "ban", "createdAt"])
@@ -50,7 +49,7 @@ def list_users(data: Data = DATA) -> None:
 def change_user(
     email: str, plan: str | None = None, role: Annotated[Role | None, typer.Option()] = None, data: Data = DATA
 ) -> None:
-    """Give a user another plan or role."""
+    """Change a user's plan or role."""
     with admin_context(data) as ctx:
         changes = {"plan": plan and plans(data).known(plan), "role": role}
         user_id = users.user_by_email(ctx.db, email)
@@ -59,16 +58,39 @@ def change_user(
 
 @users_app.command("ban")
 def ban_user(email: str, reason: str | None = None, data: Data = DATA) -> None:
-    """Their sessions end and their keys open nothing, at once."""
+    """Ban a user: end their sessions and block their keys at once."""
     with admin_context(data) as ctx:
         admin.ban(ctx, users.user_by_email(ctx.db, email), reason)
 
 
 @users_app.command("unban")
 def unban_user(email: str, data: Data = DATA) -> None:
-    """Let a user in again."""
+    """Lift a user's ban."""
     with admin_context(data) as ctx:
         admin.unban(ctx, users.user_by_email(ctx.db, email))
+
+
+@users_app.command("import")
+def import_users(source: Path, data: Data = Path("data")) -> None:
+    """Import users, passwords, sessions and API keys from a Better Auth database (SQLite).
+
+    To keep cookies valid, run this and the server with the old server's BETTER_AUTH_SECRET.
+    """
+    if not source.exists():
+        raise typer.BadParameter(f"there is no {source}")
+    with open_database(data) as db:
+        counts = importer.import_database(db, secret.load(data), source, time.time())
+    typer.echo(importer.summary(counts))
+
+
+@users_app.command("password")
+def set_password(email: str, password: Password, data: Data = Path("data")) -> None:
+    """Set a user's password and end their sessions. The owner has no password at first."""
+    if not passwords.MIN_LENGTH <= passwords.length_of(password) <= passwords.MAX_LENGTH:
+        raise typer.BadParameter(f"a password has {passwords.MIN_LENGTH} to {passwords.MAX_LENGTH} characters")
+    with open_database(data) as db:
+        user_id = users.user_by_email(db, email)
+        credentials.change_password(db, user_id, passwords.hash_password(password), time.time())
 
 
 @keys_app.command("create")
@@ -76,11 +98,11 @@ def create_key(
     user: Email = OWNER,
     name: str | None = None,
     scope: Annotated[list[str] | None, typer.Option(help="generate, read or admin; repeatable. [all]")] = None,
-    per_minute: Annotated[int | None, typer.Option(min=1, help="Requests a minute, beside the plan's.")] = None,
+    per_minute: Annotated[int | None, typer.Option(min=1, help="Requests a minute, besides the plan's limit.")] = None,
     days: Annotated[float | None, typer.Option(min=0, help="Until it expires. [never]")] = None,
     data: Data = DATA,
 ) -> None:
-    """Make a key and print it: it cannot be shown again."""
+    """Create a key and print it: it cannot be shown again."""
     with admin_context(data) as ctx:
         user_id = users.user_by_email(ctx.db, user)
         expires_at = None if days is None else ctx.now + days * DAY_S
@@ -89,7 +111,7 @@ def create_key(
 
 @keys_app.command("list")
 def list_keys(data: Data = DATA) -> None:
-    """All keys, by their first letters."""
+    """List all keys by their first characters."""
     with open_database(data) as db:
         rows = keys.list_keys(db)
     for row in rows:
@@ -103,21 +125,21 @@ def list_keys(data: Data = DATA) -> None:
 
 @keys_app.command("revoke")
 def revoke_key(key_id: str, data: Data = DATA) -> None:
-    """The key stops working at once."""
+    """Revoke a key at once."""
     with admin_context(data) as ctx:
         admin.revoke_key(ctx, key_id)
 
 
 @credits_app.command("grant")
 def grant(amount: int, user: Email = OWNER, note: str = "granted", data: Data = DATA) -> None:
-    """Give credits (a negative number takes them back) and print the new balance."""
+    """Grant credits (a negative amount takes them back) and print the balance."""
     with admin_context(data) as ctx:
         typer.echo(admin.grant(ctx, users.user_by_email(ctx.db, user), amount, note))
 
 
 @credits_app.command("ledger")
 def show_ledger(user: Email = OWNER, limit: int = 30, data: Data = DATA) -> None:
-    """What a user was given, paid and got back, the newest first."""
+    """List a user's grants, charges and refunds, newest first."""
     with open_database(data) as db:
         rows = ledger.entries(db, users.user_by_email(db, user), None, limit)
     for row in rows:
@@ -127,29 +149,3 @@ def show_ledger(user: Email = OWNER, limit: int = 30, data: Data = DATA) -> None
 
 def plans(data: Path) -> Plans:
     return Plans.load(Settings(data=data).plans_toml)
-
-
-@users_app.command("import")
-def import_users(source: Path, data: Data = Path("data")) -> None:
-    """Bring users, passwords, sessions and API keys over from a Better Auth database (SQLite).
-
-    For people's cookies to go on working, start the server with the old one's BETTER_AUTH_SECRET, here too.
-    """
-    if not source.exists():
-        raise typer.BadParameter(f"there is no {source}")
-    with open_database(data) as db:
-        counts = importer.import_database(db, secret.load(data), source, time.time())
-    typer.echo(importer.summary(counts))
-
-
-Password = Annotated[str, typer.Option(prompt=True, confirmation_prompt=True, hide_input=True)]
-
-
-@users_app.command("password")
-def set_password(email: str, password: Password, data: Data = Path("data")) -> None:
-    """Let a user sign in with this password, and end their sessions. The owner has none at first."""
-    if not passwords.MIN_LENGTH <= passwords.length_of(password) <= passwords.MAX_LENGTH:
-        raise typer.BadParameter(f"a password has {passwords.MIN_LENGTH} to {passwords.MAX_LENGTH} characters")
-    with open_database(data) as db:
-        user_id = users.user_by_email(db, email)
-        credentials.change_password(db, user_id, passwords.hash_password(password), time.time())

@@ -1,4 +1,4 @@
-"""`plantain pull`, `verify`, `import` and `models`."""
+"""`plantain pull`, `verify`, `import` and `models`: model weights on this machine."""
 
 import json
 import sys
@@ -23,15 +23,15 @@ from pipelines.weights.pull import installed, pull
 from pipelines.weights.verify import verify, verify_demo
 from server.cli import common
 
-DataFolder = Annotated[Path, typer.Option("--data", envvar="PLANTAIN_DATA", help="The folder of everything kept.")]
+DataFolder = Annotated[Path, typer.Option("--data", envvar="PLANTAIN_DATA", help="The server's data folder.")]
 Offline = Annotated[bool, typer.Option("--offline", envvar="PLANTAIN_OFFLINE", help="Never use the network.")]
-AcceptLicence = Annotated[bool, typer.Option("--accept-licence", help="Accept a non-commercial licence, on record.")]
+AcceptLicence = Annotated[
+    bool, typer.Option("--accept-licence", help="Accept a non-commercial licence; recorded in weights.lock.")
+]
 WeightsToml = Annotated[
     Path, typer.Option("--weights-toml", envvar="PLANTAIN_WEIGHTS_TOML", help="The catalogue of models.")
 ]
-Demo = Annotated[
-    bool, typer.Option("--demo/--no-demo", envvar="PLANTAIN_DEMO", help="With demo weights, or as if none.")
-]
+Demo = Annotated[bool, typer.Option("--demo/--no-demo", envvar="PLANTAIN_DEMO", help="Take demo weights into account.")]
 DEFAULT_DATA = Path("data")
 
 COLUMNS = {"id": "model", "kind": "kind", "runsOn": "runs on", "weights": "weights", "licence": "licence"}
@@ -45,20 +45,22 @@ def register(app: typer.Typer) -> None:
 
 
 def pull_models(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Ids, aliases; MODEL+LORA.")] = None,
-    starter: Annotated[bool, typer.Option("--starter", help="Also the small models that every server has.")] = False,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Ids, aliases, or MODEL+LORA.")
+    ] = None,
+    starter: Annotated[bool, typer.Option("--starter", help="Also the small models that every server needs.")] = False,
     accept_licence: AcceptLicence = False,
     offline: Offline = False,
     data: DataFolder = DEFAULT_DATA,
     weights_toml: WeightsToml = WEIGHTS_TOML,
 ) -> None:
-    """Fetch a model's weights, check them, and record them."""
+    """Download, verify and install the weights of models."""
     with report_errors():
         catalog = load_catalog(weights_toml)
         asked = [catalog.find_weights(name) for name in [*(names or []), *(catalog.starter if starter else ())]]
         wanted = [each for model in asked for each in (model.base, model) if each]
         if not wanted:
-            raise typer.BadParameter("Name a model, or use --starter. What there is: plantain models")
+            raise typer.BadParameter("Name a model, or use --starter. For the list: plantain models")
         missing = [model for model in wanted if not installed(model, data / "weights")]
         if missing:
             pull_each(missing, data / "weights", offline, accept_licence)
@@ -81,7 +83,7 @@ def pull_each(models: list[Model], root: Path, offline: bool, accept_licence: bo
 
 
 def verify_models(data: DataFolder = DEFAULT_DATA, weights_toml: WeightsToml = WEIGHTS_TOML) -> None:
-    """Read every installed file, and the demo weights, and compare them with what was recorded."""
+    """Verify the checksums of all installed and demo weights."""
 
     def show(model: str, file: Path) -> None:
         typer.echo(f"{model}: {file.name}", err=True)
@@ -92,20 +94,22 @@ def verify_models(data: DataFolder = DEFAULT_DATA, weights_toml: WeightsToml = W
     for problem in problems:
         typer.echo(f"{problem.model}: {problem.file}: {problem.what} is wrong. Pull {problem.model} again.")
     for problem in demo_problems:
-        typer.echo(f"{problem.model}: {problem.file}: {problem.what} is wrong. It comes with the program: restore it.")
+        typer.echo(f"{problem.model}: {problem.file}: {problem.what} is wrong. It is part of the program: restore it.")
     if problems or demo_problems:
         raise typer.Exit(1)
-    typer.echo("All weights are what they should be.")
+    typer.echo("All weights are intact.")
 
 
 def import_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Another weights folder; or a model's folder or file.")],
-    model: Annotated[str | None, typer.Option("--model", help="Which model DIR is, or the only one wanted.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model that DIR holds, or the only one to import.")
+    ] = None,
     accept_licence: AcceptLicence = False,
     data: DataFolder = DEFAULT_DATA,
     weights_toml: WeightsToml = WEIGHTS_TOML,
 ) -> None:
-    """Take weights from a disk, with no network."""
+    """Install weights from a folder, without network."""
     with report_errors(), progress_bars() as on_progress:
         catalog = load_catalog(weights_toml)
         names = import_folder(
@@ -120,8 +124,10 @@ def import_(
 
 
 def models(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="What runs take: estimated, measured, expected.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Show the memory of runs: estimated, measured, expected.")
+    ] = False,
     demo: Demo = True,
     data: DataFolder = DEFAULT_DATA,
     weights_toml: WeightsToml = WEIGHTS_TOML,
@@ -177,7 +183,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """What goes wrong is told in one line, without a traceback."""
+    """Errors end the command with one line on standard error."""
     try:
         yield
     except (PullError, UnknownModel, CatalogError, OSError) as error:
@@ -187,7 +193,7 @@ def report_errors() -> Iterator[None]:
 
 @contextmanager
 def progress_bars() -> Iterator[OnProgress]:
-    """A bar for each model, on standard error."""
+    """A progress bar for each model, on standard error."""
     from rich import progress as rich_progress
     from rich.console import Console
 

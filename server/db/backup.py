@@ -1,4 +1,4 @@
-"""A copy of a database in use, and the way back. The copy is one moment's; nobody has to stop writing for it."""
+"""Online backup and restore of the database. A backup is a consistent snapshot; writers need not stop for it."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from server.db.database import DatabaseUnusable, explain_database_error, refuse_
 
 @dataclass(frozen=True)
 class BackupSummary:
-    """`files` are the names that the copy knows; `missing` are those of them that are not in the folder."""
+    """The number of jobs and the names of files in a copy; `missing` are the names that are not in the folder."""
 
     jobs: int
     files: tuple[str, ...]
@@ -23,16 +23,16 @@ class BackupSummary:
 
 
 def back_up(database: Path, files: Path, to: Path) -> BackupSummary:
-    """Write the copy to `to`, and the list of files that belong with it beside it, as `to` with `.files` at its end.
+    """Writes the copy to `to`, and the list of its files to `to` plus `.files`. Raises DatabaseUnusable.
 
-    The database first: the files that it knows are whole and never change, so they may be copied at leisure.
+    The database is copied first: the files it names are complete and never change, so they may be copied later.
     """
     part = to.with_name(f".{to.name}.part")
     try:
         source = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
         with closing(source), closing(sqlite3.connect(part)) as copy:
             source.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")  # one file, whole in itself
+            copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL
         summary = check(part, files)
         with part.open("rb") as copied:
             os.fsync(copied.fileno())
@@ -46,7 +46,7 @@ def back_up(database: Path, files: Path, to: Path) -> BackupSummary:
 
 
 def restore(copy: Path, database: Path, files: Path) -> BackupSummary:
-    """Put the copy in the database's place; what was there is kept beside it, as `….before-restore`.
+    """Replaces the database with the copy, and keeps the old one as `….before-restore`.
 
     Raises DatabaseUnusable for a copy that is damaged or from a newer version. No server may be running.
     """
@@ -65,7 +65,7 @@ def restore(copy: Path, database: Path, files: Path) -> BackupSummary:
 
 
 def check(path: Path, files: Path) -> BackupSummary:
-    """Read all of a copy. Raises DatabaseUnusable."""
+    """Reads a whole copy. Raises DatabaseUnusable."""
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
             db = Database(connection)
@@ -81,6 +81,7 @@ def check(path: Path, files: Path) -> BackupSummary:
 
 
 def missing(names: Iterable[str], files: Path) -> tuple[str, ...]:
+    """The names that are not in the folder."""
     return tuple(name for name in names if not (files / name).exists())
 
 

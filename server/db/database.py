@@ -1,4 +1,4 @@
-"""The SQLite database: opening and migrating it, transactions, and calls off the event loop."""
+"""The SQLite database: opens and migrates it; runs calls and transactions off the event loop, with retries."""
 
 import asyncio
 import logging
@@ -21,90 +21,40 @@ T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 5.0
 BUSY_RETRY_S = 5
-DAMAGED = "not a database", "malformed"
-CLOSED = "readonly", "unable to open", "Read-only", "No such file", "Not a directory"
+WRITE_RETRY_S = 1.0
+DAMAGED_TEXTS = "not a database", "malformed"
+UNWRITABLE_TEXTS = "readonly", "unable to open", "Read-only", "No such file", "Not a directory"
 
 
 class DatabaseUnusable(SettingsError):
     """The message says what is wrong with the file and what to do about it."""
 
 
-def open_database(path: Path) -> Connection:
-    """Raises DatabaseUnusable; the file is then as it was."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        db = Connection(sqlite3.connect(path, check_same_thread=False, timeout=BUSY_TIMEOUT_S))
-        refuse_newer(db, path)
-        db.enable_wal()
-        db.execute("PRAGMA synchronous = FULL")  # a job that was answered for survives a power cut
-        db.execute("PRAGMA foreign_keys = ON")
-        migrations.apply(db)
-    except (sqlite3.DatabaseError, OSError) as error:
-        raise DatabaseUnusable(f"{path}: {explain_database_error(error)}") from error
-    return db
-
-
-def refuse_newer(db: Connection, path: Path) -> None:
-    """A database that has steps of the schema which this server does not know is left alone."""
-    known = {step.name for step in migrations.pending(Connection(memory=True))}
-    if unknown := {step.name for step in migrations.applied(db)} - known:
-        raise DatabaseUnusable(
-            f"{path} was written by a newer Plantain ({', '.join(sorted(unknown))}). "
-            "Start that version, or restore a backup from before it."
-        )
-
-
-def explain_database_error(error: Exception) -> str:
-    """What is wrong with the database, and what helps."""
-    text = str(error)
-    if any(word in text for word in DAMAGED):
-        return f"the database is damaged ({text}). Restore a backup: plantain restore FILE"
-    if "locked" in text:
-        return "the database is locked by another process that writes to it. Which one: fuser FILE"
-    if isinstance(error, PermissionError) or any(word in text for word in CLOSED):
-        return f"the data folder cannot be written ({text}). Check its owner, and how its disk is mounted"
-    if "full" in text or "No space" in text:
-        return "the disk is full. Free some space; nothing is lost meanwhile"
-    return text
-
-
-def database_error_response(error: sqlite3.DatabaseError) -> PlantainError:
-    """The same for a caller."""
-    if "full" in str(error):
-        return StorageFull("The server's disk is full.")
-    if "locked" in str(error):
-        return Unavailable("The database is busy.", headers={"Retry-After": str(BUSY_RETRY_S)})
-    return Unavailable("The database cannot be used; the server's log says why, and so does plantain doctor.")
-
-
-WRITE_RETRY_S = 1.0
-
-
 class Database:
-    """One SQLite file, open. Raises DatabaseUnusable.
+    """An open SQLite file. Raises DatabaseUnusable.
 
-    All calls of this process run on one thread, one after the other: one writer, no locks. Functions that take the
-    connection block; from the event loop they go through `run`, `transaction`, `call` or `write`.
+    All calls run one after another on one thread: one writer, no locks. Functions of the connection block, so the
+    event loop calls them through `run`, `transaction`, `call`, `write` or `write_transaction`.
     """
 
     def __init__(self, path: Path) -> None:
         self.db = open_database(path)
         self.write_error: str | None = None
-        """Why nothing can be written at the moment, for a person."""
+        """Why writes fail at the moment, for people; None if they succeed."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a blocking function off the event loop."""
+        """Runs a blocking function on the database thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
 
     async def run(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function of the connection off the event loop, in no transaction of its own."""
+        """Runs a function of the connection on the database thread, without a transaction."""
         return await self.call(lambda: function(self.db, *args, **kwargs))
 
     async def transaction(
         self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Run a function of the connection in one transaction: all of its changes or, if it raises, none."""
+        """Runs a function of the connection in one transaction, which is rolled back if it raises."""
         return await self.call(self._in_transaction, lambda db: function(db, *args, **kwargs))
 
     async def write_transaction(
@@ -118,7 +68,7 @@ class Database:
             return function(db)
 
     async def write(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`call`, retried until the row is stored: a full disk or a locked database delays, and loses nothing."""
+        """`call`, retried every second until it succeeds: a full disk or a locked database delays and loses nothing."""
         while True:
             try:
                 result = await self.call(method, *args, **kwargs)
@@ -132,9 +82,9 @@ class Database:
 
     @contextmanager
     def atomic(self) -> Iterator[Connection]:
-        """A transaction that takes the write lock at its start, so that what it reads still holds when it writes."""
+        """A transaction that takes the write lock at its start, so that what it reads is still true when it writes."""
         try:
-            self.db.conn.execute("BEGIN IMMEDIATE")  # in here: it can break off with the transaction open
+            self.db.conn.execute("BEGIN IMMEDIATE")  # inside `try`: an interrupt can leave the transaction open
             yield self.db
             self.db.conn.execute("COMMIT")
         except BaseException:
@@ -144,3 +94,51 @@ class Database:
     def close(self) -> None:
         self._thread.shutdown()
         self.db.close()
+
+
+def open_database(path: Path) -> Connection:
+    """Opens and migrates the file. Raises DatabaseUnusable, and then leaves the file unchanged."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        db = Connection(sqlite3.connect(path, check_same_thread=False, timeout=BUSY_TIMEOUT_S))
+        refuse_newer(db, path)
+        db.enable_wal()
+        db.execute("PRAGMA synchronous = FULL")  # an accepted job survives a power failure
+        db.execute("PRAGMA foreign_keys = ON")
+        migrations.apply(db)
+    except (sqlite3.DatabaseError, OSError) as error:
+        raise DatabaseUnusable(f"{path}: {explain_database_error(error)}") from error
+    return db
+
+
+def refuse_newer(db: Connection, path: Path) -> None:
+    """Raises DatabaseUnusable for a schema with migrations that this version does not know."""
+    known = {step.name for step in migrations.pending(Connection(memory=True))}
+    if unknown := {step.name for step in migrations.applied(db)} - known:
+        raise DatabaseUnusable(
+            f"{path} was written by a newer Plantain ({', '.join(sorted(unknown))}). "
+            "Start that version, or restore a backup from before it."
+        )
+
+
+def explain_database_error(error: Exception) -> str:
+    """What is wrong with the database, and what the operator can do."""
+    text = str(error)
+    if any(word in text for word in DAMAGED_TEXTS):
+        return f"the database is damaged ({text}). Restore a backup: plantain restore FILE"
+    if "locked" in text:
+        return "the database is locked by another process that writes to it. Which one: fuser FILE"
+    if isinstance(error, PermissionError) or any(word in text for word in UNWRITABLE_TEXTS):
+        return f"the data folder cannot be written ({text}). Check its owner and how its disk is mounted"
+    if "full" in text or "No space" in text:
+        return "the disk is full. Free some space; nothing is lost until then"
+    return text
+
+
+def database_error_response(error: sqlite3.DatabaseError) -> PlantainError:
+    """The error that a caller sees."""
+    if "full" in str(error):
+        return StorageFull("The server's disk is full.")
+    if "locked" in str(error):
+        return Unavailable("The database is busy.", headers={"Retry-After": str(BUSY_RETRY_S)})
+    return Unavailable("The database cannot be used; the server's log says why, and so does plantain doctor.")

@@ -1,4 +1,4 @@
-"""The schema, as numbered steps. A step that was released is never changed; the next one is added."""
+"""Database migrations, numbered. A released one is never changed."""
 
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
@@ -8,7 +8,7 @@ migrations = Migrations("plantain")
 
 @migrations(name="0001_first")
 def first(db: Database) -> None:
-    """Users and keys carry Better Auth's table and column names, so that such a database can be brought over."""
+    """Users and keys have Better Auth's table and column names, so that its databases can be imported."""
     for statement in FIRST.split(";"):
         if statement.strip():
             db.execute(statement)
@@ -89,8 +89,8 @@ CREATE TABLE file (
 
 @migrations(name="0002_auth")
 def auth(db: Database) -> None:
-    """Better Auth's other tables. Two columns are our own: `session.sealed` (see `server/auth/session_rows.py`), and
-    `user.deletedAt`, because the ledger and the jobs of somebody who left stay in the books."""
+    """Better Auth's other tables. Two columns are our own: `session.sealed` (see `server/auth/sessions.py`), and
+    `user.deletedAt`, since the ledger and the jobs of a deleted user stay."""
     for statement in AUTH.split(";"):
         if statement.strip():
             db.execute(statement)
@@ -155,7 +155,7 @@ ALTER TABLE apikey ADD COLUMN metadata TEXT
 
 @migrations(name="0003_limits")
 def limits(db: Database) -> None:
-    """What the limits count, the idempotency keys, and the audit log. The ledger and the log only ever grow."""
+    """Calls for the rate limits, idempotency keys, and the audit log. The ledger and the log become append-only."""
     for statement in LIMITS.split(";"):
         if statement.strip():
             db.execute(statement)
@@ -201,14 +201,14 @@ CREATE INDEX job_by_day ON job(created_at)
 
 @migrations(name="0004_remote")
 def remote(db: Database) -> None:
-    """Where at fal a job runs, and the id it has there."""
+    """The endpoint and the request id of a job at fal."""
     db.execute("ALTER TABLE job ADD COLUMN remote_endpoint TEXT")
     db.execute("ALTER TABLE job ADD COLUMN remote_request_id TEXT")
 
 
 @migrations(name="0006_memory")
 def memory(db: Database) -> None:
-    """Peaks that were measured, tries that ran out of memory, and each device as the server last saw it."""
+    """Measured memory peaks, attempts that ran out of memory (`rung`), and the last snapshot of each device."""
     for statement in MEMORY.split(";"):
         if statement.strip():
             db.execute(statement)
@@ -249,14 +249,14 @@ CREATE TABLE device (
 
 @migrations(name="0007_last_rung")
 def last_rung(db: Database) -> None:
-    """How a job would run at fal, for one that runs out of memory here; and the budget that a try ran out with."""
+    """How a job may run at fal if it runs out of memory here (`overflow`); the budget of an attempt that ran out."""
     db.execute("ALTER TABLE job ADD COLUMN overflow TEXT")
     db.execute("ALTER TABLE rung ADD COLUMN budget_bytes INTEGER")
 
 
 @migrations(name="0005_queue")
 def queue(db: Database) -> None:
-    """What the order of the queue needs to know, how long runs take, and what an admin has switched."""
+    """Priority, weight and predicted start of jobs; learned durations (`timing`); paused queue and devices (`halt`)."""
     for statement in QUEUE.split(";"):
         if statement.strip():
             db.execute(statement)

@@ -236,7 +236,7 @@ class Dispatcher:
         actions.cancel(self.state, job_id)
 
     async def _set_priority(self, job_id: str, priority: int) -> None:
-        job = await self.effects.database.write(self.effects.jobs.prioritise, job_id, priority)
+        job = await self.effects.database.write(self.effects.jobs.set_priority, job_id, priority)
         if job and (queued := self.state.queue.jobs.get(job_id)):
             self.state.queue.replace(dataclasses.replace(queued, priority=priority, job=job))
 

@@ -73,7 +73,7 @@ async def on_remote_event(state: State, effects: Effects, event: RemoteJobEvent)
         case SubmitStarted(job_id, stored):
             _reply(stored, await write(jobs.start_remote, job_id, now))
         case Submitted(job_id, request_id, stored):
-            await write(jobs.keep_request_id, job_id, request_id)
+            await write(jobs.record_request_id, job_id, request_id)
             _reply(stored, None)
         case protocol.Progress(job_id):
             state.progress[job_id] = event

@@ -6,9 +6,9 @@ Nor could a thread do it: for WebP and AVIF, Pillow holds the interpreter for se
 import json
 import logging
 import subprocess
-import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from anyio.to_thread import run_sync
 
 from pipelines.base import InvalidInput
 from pipelines.media.images import ImageInfo
+from pipelines.python_process import import_environment, module_command
 
 log = logging.getLogger("plantain.decoders")
 
-PROJECT = Path(__file__).resolve().parents[2]
-COMMAND = (sys.executable, "-m", "pipelines.media.decoder")
+COMMAND = tuple(module_command("pipelines.media.decoder"))
 
 
 class DecoderProcess:
@@ -52,7 +52,7 @@ class DecoderProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=PROJECT,
+            env=import_environment(),
             start_new_session=True,
         )
         weakref.finalize(self, _stop, process)
@@ -98,4 +98,5 @@ def _stop(process: "subprocess.Popen[str]") -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe:
-            pipe.close()
+            with suppress(BrokenPipeError):  # closing writes what is left in the buffer
+                pipe.close()

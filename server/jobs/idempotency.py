@@ -1,6 +1,7 @@
-"""Idempotency-Key: which job a key stands for. Claimed in the transaction that charges, so it needs no clean-up.
+"""Idempotency-Key: which job a key stands for (draft-ietf-httpapi-idempotency-key-header).
 
-The stored answer is the job's own row: what is told of it the second time is told of it the first time too.
+A key is claimed in the transaction that charges, so a failed request leaves none behind. A replay is answered from the
+job's row.
 """
 
 import hashlib
@@ -25,50 +26,53 @@ from server.jobs.job import Job, NewJob
 KEY_LIFETIME_S = 24 * 3600.0
 QUOTED = re.compile(r'"((?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')
 BARE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
-LONGEST = 255
+MAX_LENGTH = 255
 
 
 class KeyAlreadyClaimed(Exception):
-    """Another call with the same key was quicker: its job is the one to answer with."""
+    """A concurrent call claimed the key first: its job is the response."""
 
 
 @dataclass(frozen=True)
 class ReplayedJob:
-    """The job that a key stands for, and the fields of the request that had no effect on it."""
+    """The job that a key stands for, and the fields of its request that had no effect."""
 
     job_id: str
     ignored: frozenset[str]
 
 
 def parse(values: list[str]) -> str | None:
-    """The key of the header's values: a structured string as the draft says, or bare as everyone sends it."""
+    """The key in the header's values: quoted (RFC 8941) as the draft says, or bare as most clients send it.
+
+    Raises IdempotencyKeyInvalid.
+    """
     if not values:
         return None
     text = values[0].strip()
     quoted = QUOTED.fullmatch(text)
     key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else text
-    if len(values) > 1 or not (quoted or BARE.fullmatch(text)) or not 1 <= len(key) <= LONGEST:
-        raise IdempotencyKeyInvalid(f"The Idempotency-Key must be one string of 1 to {LONGEST} visible characters.")
+    if len(values) > 1 or not (quoted or BARE.fullmatch(text)) or not 1 <= len(key) <= MAX_LENGTH:
+        raise IdempotencyKeyInvalid(f"The Idempotency-Key must be one string of 1 to {MAX_LENGTH} visible characters.")
     return key
 
 
 def hash_of(body: BaseModel) -> str:
-    """Of what was asked, not of how it was written: blanks and the order of known fields make no difference."""
+    """SHA-256 of the parsed body: whitespace and the order of known fields make no difference."""
     return hashlib.sha256(body.model_dump_json().encode()).hexdigest()
 
 
 def find(db: Database, user_id: str, route: str, key: str, body_hash: str, now: float) -> ReplayedJob | None:
-    """What the key stands for. Raises IdempotencyKeyReused if that was another body."""
+    """The job that the key stands for. Raises IdempotencyKeyReused if its request had another body."""
     sql = "SELECT * FROM idempotency WHERE user_id = ? AND route = ? AND key = ? AND created_at > ?"
     for row in db.query(sql, [user_id, route, key, now - KEY_LIFETIME_S]):
         if row["body_hash"] != body_hash:
-            raise IdempotencyKeyReused("This Idempotency-Key came with another body before. Take a new one.")
+            raise IdempotencyKeyReused("This Idempotency-Key was used with another body before. Use a new one.")
         return ReplayedJob(row["job_id"], frozenset(json.loads(row["ignored"])))
     return None
 
 
 def claim(db: Database, new: NewJob, now: float) -> None:
-    """Make the key stand for this job. Raises KeyTaken if it stands for one that was not known of."""
+    """Makes the key stand for this job. Raises KeyAlreadyClaimed unless it is free or stands for `replaces`."""
     if new.idempotency is None:
         return
     db.execute("DELETE FROM idempotency WHERE created_at <= ?", [now - KEY_LIFETIME_S])
@@ -91,7 +95,7 @@ def claim(db: Database, new: NewJob, now: float) -> None:
 
 
 def is_replayable(job: Job) -> bool:
-    """Whether the answer is told again. A failure for want of room or connection is not: a retry may do better."""
+    """Whether a retry gets the same response. Not for a failure for lack of capacity: a new job may succeed."""
     if job.status != "failed":
         return True
     cls = from_code((job.error or {}).get("code", ""), GenerationFailed)

@@ -1,4 +1,4 @@
-"""A job, from submit to end."""
+"""A job: its request, its row and its states."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from server.errors import PlantainError
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Origin = Literal["installed", "demo"]
-"""Where the weights come from that a job is planned with, and runs with whatever is installed meanwhile."""
+"""The weights that a job was planned with. It runs with these, also if others are installed later."""
 FINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 MAX_ATTEMPTS = 2
-"""A job whose worker dies under it runs again once."""
+"""A job whose worker process exits while it runs is run once more."""
 
 
 @dataclass(frozen=True)
 class IdempotencyClaim:
-    """A caller's Idempotency-Key for the job to come. `replaces` is a job that had the key before and lost it."""
+    """An Idempotency-Key for a new job. `replaces` is the job that it stood for before, whose failure is retried."""
 
     route: str
     key: str
@@ -26,11 +26,11 @@ class IdempotencyClaim:
 
 @dataclass(frozen=True)
 class NewJob:
-    """A checked request: nothing about it is left to choose. `params` are camelCase JSON; images are file names.
+    """A validated request, complete: nothing is left to choose. `params` are camelCase JSON; images are file names.
 
-    `at_once` is how many unfinished jobs the user may have with this one; `tops_up` grants what the balance lacks;
-    `weight` is the user's share of busy devices. `overflow` is how the job may run at fal if no device here holds it,
-    `{"endpoint": …, "params": …}`; None where it may not.
+    `max_concurrent_jobs` is the plan's limit of unfinished jobs, this one included; `auto_top_up` grants what the
+    balance lacks; `weight` is the user's share of busy devices. `remote_fallback` is how the job may run at fal if no
+    local device has enough memory, `{"endpoint": …, "params": …}`; None if it may not.
     """
 
     id: str
@@ -56,7 +56,7 @@ class NewJob:
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the table. Instants are seconds since 1970; `output` and `error` are JSON or None."""
+    """A row of the table `job`. Instants are seconds since 1970; `output` and `error` are JSON or None."""
 
     id: str
     user_id: str
@@ -92,7 +92,7 @@ class Job:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """Who had a device from when to when: what fair shares are restored from."""
+    """A run on a local device, from which fair shares are restored at start."""
 
     job_id: str
     user_id: str
@@ -103,5 +103,5 @@ class FinishedRun:
 
 
 def error_of(error: PlantainError) -> dict[str, Any]:
-    """What a failed job's row keeps of an error."""
+    """The JSON of an error in a failed job's row."""
     return {"error": error.message, "code": error.code, **error.extra}

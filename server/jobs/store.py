@@ -1,4 +1,4 @@
-"""Jobs in SQLite: the row of a job, and every statement that changes it."""
+"""The job table: every statement that reads or changes jobs and their files."""
 
 import json
 import statistics
@@ -10,18 +10,18 @@ from server.db.database import Connection, Database
 from server.jobs import idempotency
 from server.jobs.job import MAX_ATTEMPTS, FinishedRun, Job, NewJob
 
-WORKER_CRASHED = {"error": "The worker died twice while running this job.", "code": "GENERATION_FAILED"}
+WORKER_CRASHED = {"error": "The worker process crashed twice while running this job.", "code": "GENERATION_FAILED"}
 NO_PROGRESS = {
-    "error": "The job showed no progress for many times as long as it should take, twice.",
+    "error": "The job made no progress for many times its expected duration, twice.",
     "code": "GENERATION_TIMEOUT",
 }
 SUBMIT_UNKNOWN = {
-    "error": "The server died while it handed this job to fal.ai. It is not known to have arrived, and not sent twice.",
+    "error": "The server stopped while submitting this job to fal.ai. It may have arrived, so it is not sent again.",
     "code": "REMOTE_SUBMIT_UNKNOWN",
 }
 
 COLUMNS = {"remote_fallback": "overflow", "predicted_start_at": "promised_start_at"}
-"""Columns whose names are older than the fields'."""
+"""Fields whose columns have an older name."""
 JSON_FIELDS = ("params", "output", "error", "remote_fallback")
 
 
@@ -61,9 +61,9 @@ class JobStore:
         self.database, self.db = database, database.db
 
     def insert(self, new: NewJob, now: float) -> tuple[Job, int]:
-        """Claim the Idempotency-Key, take a slot of the plan, charge and queue: all in one transaction, or nothing.
+        """Claims the Idempotency-Key, reserves a slot, charges and queues, in one transaction.
 
-        Returns the job and the balance. Raises KeyTaken, ConcurrencyLimit or InsufficientCredits, in this order.
+        Returns the job and the balance. Raises KeyAlreadyClaimed, ConcurrencyLimit or InsufficientCredits.
         """
         row = row_of(new, now)
         with self.database.atomic() as db:
@@ -78,7 +78,7 @@ class JobStore:
         return self.job(new.id), balance
 
     def start(self, job_id: str, device: str, now: float, predicted_start_at: float | None = None) -> Job | None:
-        """Queued → running. None if it is queued no more. The prediction of its first start is kept."""
+        """Queued → running. None if it is no longer queued. The prediction of its first start is kept."""
         return self._update_returning(
             "UPDATE job SET status = 'running', device = :device, served_by = 'local', started_at = :now,"
             " attempts = attempts + 1, promised_start_at = coalesce(promised_start_at, :predicted)"
@@ -87,7 +87,7 @@ class JobStore:
         )
 
     def start_remote(self, job_id: str, now: float) -> Job | None:
-        """Queued → running, before the request is sent to fal. None if it is queued no more."""
+        """Queued → running, before the request is sent to fal. None if it is no longer queued."""
         return self._update_returning(
             "UPDATE job SET status = 'running', started_at = :now, attempts = attempts + 1"
             " WHERE id = :id AND status = 'queued' RETURNING *",
@@ -95,9 +95,9 @@ class JobStore:
         )
 
     def move_to_remote(self, job_id: str) -> Job | None:
-        """Here, queued or running → queued for fal, as its `overflow` says, at what it was charged already.
+        """Queued or running on a local device → queued for fal, as its `remote_fallback` says, without another charge.
 
-        None if it has ended, or may not run there. One statement: it is never a job of both places.
+        None if it has finished or may not run there. One statement, so that it is never both local and remote.
         """
         return self._update_returning(
             "UPDATE job SET status = 'queued', device = NULL, started_at = NULL, promised_start_at = NULL,"
@@ -107,23 +107,23 @@ class JobStore:
             {"id": job_id},
         )
 
-    def keep_request_id(self, job_id: str, request_id: str) -> None:
-        """By which fal knows the job; it is followed only once this is written."""
+    def record_request_id(self, job_id: str, request_id: str) -> None:
+        """Stores fal's id of the request. The job is polled only after this is stored."""
         with self.database.atomic() as db:
             db.execute("UPDATE job SET remote_request_id = ? WHERE id = ?", [request_id, job_id])
 
     def recover_remote(self, now: float) -> list[Job]:
-        """At start, after `requeue_interrupted`: the jobs at fal, and those on their way. One that died in between is failed."""
+        """At start, after `requeue_interrupted`: the unfinished remote jobs. Fails those interrupted at submit."""
         lost = "SELECT id FROM job WHERE status = 'running' AND served_by = 'fal' AND remote_request_id IS NULL"
         for row in list(self.db.query(lost)):
             self.fail(row["id"], SUBMIT_UNKNOWN, now)
-        going_on = "SELECT * FROM job WHERE status IN ('queued', 'running') AND served_by = 'fal' ORDER BY seq"
-        return [job_of(row) for row in self.db.query(going_on)]
+        unfinished = "SELECT * FROM job WHERE status IN ('queued', 'running') AND served_by = 'fal' ORDER BY seq"
+        return [job_of(row) for row in self.db.query(unfinished)]
 
     def succeed(self, job_id: str, output: Mapping[str, Any], now: float, name: str | None = None) -> Job | None:
-        """Running → succeeded, and its output file is known from now on. None if it runs no more.
+        """Running → succeeded; adds its output file. None if it is no longer running.
 
-        `name` is the output's, where it was known only at the end.
+        `name` is the output's, if it became known only now.
         """
         with self.database.atomic():
             job = self._update_returning(
@@ -136,11 +136,11 @@ class JobStore:
         return job
 
     def fail(self, job_id: str, error: dict[str, Any], now: float) -> Job | None:
-        """Queued or running → failed, refunded in the same transaction. None if it had ended before."""
+        """Queued or running → failed, refunded in the same transaction. None if it had finished before."""
         return self._finish_and_refund(job_id, "failed", error, now)
 
     def cancel(self, job_id: str, now: float) -> Job | None:
-        """Queued or running → cancelled, refunded in the same transaction. None if it had ended before."""
+        """Queued or running → cancelled, refunded in the same transaction. None if it had finished before."""
         return self._finish_and_refund(
             job_id, "cancelled", {"error": "The job was cancelled.", "code": "CANCELLED"}, now
         )
@@ -148,7 +148,7 @@ class JobStore:
     def requeue(
         self, job_id: str, now: float, *, count_attempt: bool = True, error: dict[str, Any] = WORKER_CRASHED
     ) -> Job | None:
-        """Running → queued, at its old place; after its last attempt → failed with `error` and refunded."""
+        """Running → queued, at its old position; after its last attempt → failed with `error` and refunded."""
         with self.database.atomic():
             job = self._update_returning(
                 "UPDATE job SET status = 'queued', device = NULL, started_at = NULL,"
@@ -159,7 +159,10 @@ class JobStore:
         return job or self.fail(job_id, error, now)
 
     def requeue_interrupted(self, now: float) -> list[Job]:
-        """At start: what a dead server left running is queued again or failed. Returns the queue, oldest first."""
+        """At start: requeues or fails the local jobs that were running when the server stopped.
+
+        Returns the queued jobs, oldest first.
+        """
         running = "SELECT id FROM job WHERE status = 'running' AND served_by IS NOT 'fal'"
         for row in list(self.db.query(running)):
             self.requeue(row["id"], now)
@@ -167,7 +170,7 @@ class JobStore:
         return [job_of(row) for row in self.db.query(queued)]
 
     def completed_runs(self, since: float, most: int = 10_000) -> list[FinishedRun]:
-        """The last runs on local devices that ended after `since`, oldest first."""
+        """The last runs on local devices that finished after `since`, oldest first."""
         rows = self.db.query(
             "SELECT id AS job_id, user_id, weight, created_at, started_at, finished_at FROM job"
             " WHERE started_at IS NOT NULL AND finished_at > :since AND served_by IS NOT 'fal'"
@@ -176,14 +179,14 @@ class JobStore:
         )
         return [FinishedRun(**row) for row in rows][::-1]
 
-    def prioritise(self, job_id: str, priority: int) -> Job | None:
-        """None if it waits no more."""
+    def set_priority(self, job_id: str, priority: int) -> Job | None:
+        """Changes the priority. None if the job is no longer queued."""
         sql = "UPDATE job SET priority = :priority WHERE id = :id AND status = 'queued' RETURNING *"
         with self.database.atomic():
             return self._update_returning(sql, {"id": job_id, "priority": priority})
 
     def pause(self, what: str, now: float) -> None:
-        """Write down that the queue, or a device, is to start nothing: it holds until `resume`, restarts or not."""
+        """Stores that the queue, or a device, starts nothing until `resume`, restarts included."""
         with self.database.atomic() as db:
             db.execute("INSERT OR IGNORE INTO halt VALUES (?, ?)", [what, now])
 
@@ -192,6 +195,7 @@ class JobStore:
             db.execute("DELETE FROM halt WHERE what = ?", [what])
 
     def paused(self) -> set[str]:
+        """The paused devices, and the queue if it is paused."""
         return {row["what"] for row in self.db.query("SELECT what FROM halt")}
 
     def job(self, job_id: str) -> Job:
@@ -213,7 +217,7 @@ class JobStore:
         self._add_file(name, user_id, "upload", None, now)
 
     def file_names(self) -> set[str]:
-        """Every file that belongs to something, the outputs that are still to come included."""
+        """The names of all files in use, future outputs of unfinished jobs included."""
         rows = self.db.query(
             "SELECT name FROM file UNION SELECT output_name FROM job WHERE status IN ('queued', 'running')"
         )
@@ -240,7 +244,7 @@ class JobStore:
 
 
 def start_prediction_error(db: Connection, last: int = 1000) -> dict[str, Any]:
-    """Over the last jobs that have started. `off` is positive where a job started later than was said."""
+    """The error of predicted starts, over the last started jobs. Positive: the job started later than predicted."""
     rows = db.query(
         "SELECT started_at - promised_start_at AS off_s FROM job"
         " WHERE started_at IS NOT NULL AND promised_start_at IS NOT NULL ORDER BY seq DESC LIMIT ?",

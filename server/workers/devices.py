@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pynvml
 
+from pipelines.python_process import import_environment
+
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """What a process's CUDA context takes on the device before the first tensor."""
 
@@ -67,7 +69,7 @@ def environment(device: DeviceSpec) -> dict[str, str]:
     """What a worker's process sees: its own GPU only. Segments that grow keep fragmentation from ending in OOM."""
     visible = device.id if device.torch_device.startswith("cuda") else ""
     return {
-        **os.environ,
+        **import_environment(),
         "CUDA_VISIBLE_DEVICES": visible,
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "PLANTAIN_WORKER_HOST_BYTES": str(device.host_budget_bytes or 0),

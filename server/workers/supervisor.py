@@ -3,11 +3,11 @@
 import asyncio
 import logging
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
+from pipelines.python_process import module_command
 from server.workers.devices import DeviceSpec, environment
 from server.workers.protocol import Command, Died, Event, Shutdown
 
@@ -43,7 +43,7 @@ class Supervisor:
         ours, theirs = Pipe()
         arguments = [str(theirs.fileno()), self.device.torch_device, *self._families]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self._module, *arguments],
+            module_command(self._module, *arguments),
             pass_fds=[theirs.fileno()],
             env=environment(self.device),
         )

@@ -120,7 +120,7 @@ def test_the_second_jobs_components_are_resident_before_its_run_begins(it: Watch
     assert "brings its weights meanwhile" in it.live_server.read(f"/api/jobs/{second}")["queue"]["reason"]
     where = ["--data", str(settings.data), "--weights-toml", str(settings.weights_toml)]
     told = CliRunner().invoke(app, ["devices", *where], env={"COLUMNS": "200"})
-    assert f"brought for {second}: text_encoder (" in told.output
+    assert f"prefetched for {second}: text_encoder (" in told.output
     it.let_go("flag")
     assert it.ends(second) == "succeeded"
     assert it.keys_before(second) >= keys_of(it, "flux-schnell")

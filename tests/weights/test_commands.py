@@ -78,7 +78,7 @@ def test_pull_offline(plantain, monkeypatch):
 
 def test_verify(plantain, tmp_path: Path):
     plantain("pull", "mine", "--accept-licence")
-    assert plantain("verify").stdout == "All weights are what they should be.\n"
+    assert plantain("verify").stdout == "All weights are intact.\n"
     (tmp_path / "data" / "weights" / "mine.safetensors").write_bytes(tensors(2))
     wrong = plantain("verify")
     assert wrong.exit_code == 1
@@ -104,5 +104,5 @@ def test_models(plantain):
 
 def test_what_is_installed_is_found_without_a_heavy_import(tmp_path: Path):
     """`scripts/serve` asks at every start."""
-    code = f"import server.commands.weights, sys; print(sorted(set({LAZY}) & set(sys.modules)))"
+    code = f"import server.cli.weights, sys; print(sorted(set({LAZY}) & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
