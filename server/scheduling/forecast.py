@@ -80,7 +80,7 @@ def reason(
     now: float,
     prepared: str | None = None,
 ) -> str:
-    """Why a queued job does not run yet, for a person. `prepared` is the name of a device that prefetches its weights."""
+    """Why a queued job does not run yet, for a person. `prepared` names a device that prefetches its weights."""
     text = wait_reason(need, place, devices, titles, now)
     return f"{text}; {prepared} loads its weights meanwhile" if prepared else text
 

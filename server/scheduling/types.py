@@ -20,7 +20,7 @@ class DeviceState:
     `host_budget_bytes`: for `host_copies` of weights, where the host is not the device itself.
     `running_expected_s`: how long the running job takes in all; `running_need`: its need, if another job may follow it;
     `free_at`: when it should have ended.
-    `prefetching_for`: the waiting job that the device has prefetched for; `prefetched`: components that no job used yet.
+    `prefetching_for`: the waiting job that the device has prefetched for; `prefetched`: components not used yet.
     """
 
     id: str
