@@ -17,8 +17,7 @@ from server.db.database import Database
 from server.dispatch.dispatcher import Dispatcher, Spawn
 from server.dispatch.messages import Message, RemoteEvent
 from server.dispatch.recovery import restore_peaks
-from server.files.fetch import AddressGuard
-from server.files.inputs import ImageInputs, VideoInputs
+from server.files.inputs import InputFiles
 from server.files.store import FileStore
 from server.intake.intake import Intake
 from server.jobs.store import JobStore
@@ -42,7 +41,7 @@ class Services:
     jobs: JobStore
     files: FileStore
     registry: ModelRegistry
-    media: ImageInputs
+    inputs: InputFiles
     dispatcher: Dispatcher
     intake: Intake
     auth: Auth
@@ -83,8 +82,8 @@ def build_services(
     peaks = restore_peaks(jobs, devices)
     registry = ModelRegistry(load_catalog(settings.weights_toml), Installed(settings.weights, settings.demo), peaks)
     inbox: asyncio.Queue[Message] = asyncio.Queue()
-    media = ImageInputs(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
-    desk = runner.build_remote(
+    inputs = InputFiles(files, offline=settings.offline, allowed_networks=settings.allowed_networks)
+    remote = runner.build_remote(
         settings, registry.catalog, files, clock, lambda event: inbox.put_nowait(RemoteEvent(event)), timing
     )
     dispatcher = Dispatcher(
@@ -94,20 +93,19 @@ def build_services(
         devices,
         inbox=inbox,
         spawn=spawn,
-        remote=desk,
+        remote=remote,
         max_queued=settings.max_queued,
         max_queued_each=settings.max_queued_each,
         clock=clock,
     )
-    clips = VideoInputs(files, AddressGuard(settings.allowed_networks), offline=settings.offline)
-    intake = Intake(registry, media, clips, files, dispatcher, desk, settings.route)
+    intake = Intake(registry, inputs, files, jobs, dispatcher, remote, settings.route, clock)
     return Services(
         settings=settings,
         database=database,
         jobs=jobs,
         files=files,
         registry=registry,
-        media=media,
+        inputs=inputs,
         dispatcher=dispatcher,
         intake=intake,
         auth=auth.build_auth(settings),

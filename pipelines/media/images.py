@@ -53,6 +53,11 @@ class ImageInfo:
     height: int
     has_alpha: bool
 
+    @property
+    def suffix(self) -> str:
+        """Of a file of this format, with its dot."""
+        return ".jpg" if self.format == "jpeg" else f".{self.format}"
+
 
 def probe(path: Path) -> ImageInfo:
     """Read the header only. Raises `InvalidInput` for what is no image, no known format, or a bomb."""

@@ -3,9 +3,9 @@
 scripts/bench memory                    tiny weights of every family
 scripts/bench memory --middle           Flux with 1 GB of transformer, real VAE and tiny text encoders
 
-Predicted is what `weights.toml` and earlier peaks say a phase takes beside its weights; measured is what the worker's
-meter saw: on CUDA what the allocator reserved, on a CPU how much the process grew. The estimates of `weights.toml` are
-for CUDA: on a CPU only the learned column is a fair comparison.
+Predicted are the working bytes of a phase, from `weights.toml` and earlier peaks; measured is what `PeakMeter` saw: on
+CUDA what the allocator reserved, on a CPU the growth of the process. The estimates of `weights.toml` are for CUDA:
+on a CPU, compare only the learned column.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def bench(subject: Subject, working: Working, tier: Any, device: torch.device) -> None:
-    """Each shape twice: the first run teaches, the second is compared with what it taught."""
+    """Runs each shape twice: estimates learned from the first run are compared with the second."""
     residency = Residency(device, copies_to_device=True)
     pipeline = __import__(f"pipelines.{subject.weights.family}", fromlist=["build"]).build(subject.weights, residency)
     run(pipeline, residency, subject, working, tier, subject.params[0])  # imports and the like happen once
@@ -85,9 +85,9 @@ def run(
     pipeline: Any, residency: Residency, subject: Subject, working: Working, tier: Any, params: Any
 ) -> tuple[Peak, ...]:
     need = replace(need_of(subject.weights, working, shape_of(params)), ways=(ExecutionMode(tier),))
-    way = mode_for_worker(need, DeviceState("bench", need.bytes_in(ExecutionMode(tier))))
+    mode = mode_for_worker(need, DeviceState("bench", need.bytes_in(ExecutionMode(tier))))
     residency.embeddings.clear()  # every run encodes
-    residency.begin_run(way)
+    residency.begin_run(mode)
     pipeline.generate(params, lambda phase, step, steps: residency.enter_phase(phase))
     return residency.end_run()
 
@@ -141,7 +141,7 @@ def middle(folder: Path) -> Iterator[Subject]:
 
 
 def described(weights: Weights) -> Weights:
-    """With the bytes of blocks, as an installed model has them."""
+    """The weights with the bytes of their blocks, as for an installed model."""
     from pipelines.weights.sizes import class_of_config, sizes_of
 
     parts = []

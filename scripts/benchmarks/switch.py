@@ -3,7 +3,7 @@
 scripts/bench switch                      1 GB of Flux's transformer, on CUDA where it is, else on the CPU
 scripts/bench switch --model flux-dev     all of it, for a GPU
 
-On a CPU `.to("cpu")` would do nothing, so what it does is done by hand: each tensor into fresh memory, and back.
+On a CPU `.to("cpu")` would do nothing, so its work is done by hand: each tensor is copied to new memory, and back.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(turns: dict[str, Callable[[], None]], rounds: int, size_bytes: int) -> dict[str, float]:
-    """Bytes a second, median of the rounds. In each round every one has its turn: what else runs disturbs all alike."""
+    """Bytes per second, median of the rounds. Each round runs all in turn, so that other load affects them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds + 1):
         for name, turn in turns.items():
@@ -62,7 +62,7 @@ def synchronize() -> None:
 
 
 def plain_copy(size_bytes: int, device: torch.device) -> Callable[[], None]:
-    """One copy of one buffer into fresh memory, as a switch needs it; from page-locked memory where CUDA is."""
+    """One copy of one buffer into new memory, as a switch needs it; from page-locked memory with CUDA."""
     source = host_buffer(size_bytes).random_(0, 255)
     if device.type == "cuda":
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(source.data_ptr(), source.nbytes, 0))
@@ -74,7 +74,7 @@ def plain_copy(size_bytes: int, device: torch.device) -> Callable[[], None]:
 
 
 def packed_switch(model: str, device: torch.device) -> Callable[[], None]:
-    """Two models that do not fit together: each comes as the other goes."""
+    """Two models that do not fit together: one is evicted, the other acquired."""
     residency = Residency(device, copies_to_device=True)
     turns = [0]
     for key in "ab":
@@ -103,21 +103,21 @@ def moving(model: str, device: torch.device) -> Callable[[], None]:
             there.to("cpu")
             here.to(device)
         else:
-            anew(there)
-            anew(here)
+            reallocate(there)
+            reallocate(here)
         modules.reverse()
 
     return turn
 
 
-def anew(module: torch.nn.Module) -> None:
-    """Each tensor into memory of its own, as `.to()` another device does."""
+def reallocate(module: torch.nn.Module) -> None:
+    """Copies each tensor to new memory, as `.to()` another device does."""
     for tensor in module.parameters():
         tensor.data = tensor.data.clone()
 
 
 def offloading(model: str, device: torch.device) -> Callable[[], None]:
-    """What a diffusers pipeline with `enable_model_cpu_offload()` does between two of its models."""
+    """The switch of a diffusers pipeline with `enable_model_cpu_offload()` between two of its models."""
     from accelerate import cpu_offload_with_hook
 
     modules = [random_module(model, 1), random_module(model, 2)]

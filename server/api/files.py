@@ -1,13 +1,13 @@
 """Routes of stored files: download by an unguessable name, upload."""
 
 import time
-from typing import Any, cast
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.dependencies import BaseUrl, CurrentCaller, ServicesDep
-from server.files.inputs import ClipKind
+from server.files.inputs import AUDIO, IMAGE, VIDEO
 from server.services import Services
 
 router = APIRouter()
@@ -26,17 +26,18 @@ async def upload(request: Request, caller: CurrentCaller, services: ServicesDep,
 
     Returns the URL to send as `imageUrl`, `videoUrl` or `audioUrl`, and the size or duration.
     """
-    kind = request.headers.get("content-type", "").partition("/")[0].lower()
-    name, facts = await (_clip(services, kind, request) if kind in ("video", "audio") else _image(services, request))
+    name, facts = await _store(services, request)
     await services.database.call(services.jobs.add_upload, name, caller.user_id, time.time())
     return JSONResponse({"url": services.files.url(name, base_url), **facts}, status_code=201)
 
 
-async def _image(services: Services, request: Request) -> tuple[str, dict[str, Any]]:
-    stored = await services.media.upload(request)
-    return stored.name, {"width": stored.width, "height": stored.height}
-
-
-async def _clip(services: Services, kind: str, request: Request) -> tuple[str, dict[str, Any]]:
-    stored = await services.intake.clips.upload(cast(ClipKind, kind), request)
-    return stored.name, {"duration": round(stored.duration_s, 3)}
+async def _store(services: Services, request: Request) -> tuple[str, dict[str, Any]]:
+    match request.headers.get("content-type", "").partition("/")[0].lower():
+        case "video":
+            video = await services.inputs.from_upload(VIDEO, request)
+            return video.name, {"duration": round(video.info.duration_s, 3)}
+        case "audio":
+            audio = await services.inputs.from_upload(AUDIO, request)
+            return audio.name, {"duration": round(audio.info.duration_s, 3)}
+    image = await services.inputs.from_upload(IMAGE, request)
+    return image.name, {"width": image.info.width, "height": image.info.height}

@@ -17,7 +17,7 @@ from server.api.dependencies import BaseUrl, CurrentCaller, ServicesDep, body_of
 from server.api.middleware import set_header
 from server.api.schemas import job_json, output_json, weights_header
 from server.errors import ConcurrencyLimit, GenerationFailed, JobWasCancelled, PlantainError, from_code
-from server.intake.intake import AcceptedJob, _replay
+from server.intake.intake import AcceptedJob, GenerationRequest
 from server.jobs import idempotency
 from server.jobs.job import IdempotencyClaim, Job
 from server.services import Services
@@ -104,14 +104,19 @@ async def run_generation(call: GenerationCall) -> JSONResponse:
 async def accept(call: GenerationCall) -> AcceptedJob:
     """The job of a request: a new one, or the one that its Idempotency-Key stands for, finished or not.
 
-    If a concurrent call claims the key first, this one is answered with that call's job: only one is charged. Raises
-    what the caller or the operator must fix, see `server.errors`.
+    Raises what the caller or the operator must fix, see `server.errors`.
     """
+    request, own_base_urls = call.request, (call.base_url, str(call.request.base_url).rstrip("/"))
+    claim = await _claim_of(request, call.body)
+    wanted = GenerationRequest(call.caller, call.kind, call.body, own_base_urls, claim, request.headers.get("x-route"))
     try:
-        return await _accept_once(call)
+        accepted = await call.services.intake.accept(wanted)
     except ConcurrencyLimit:
-        await refresh_balance(call.request, call.services, call.caller.user_id)
+        await refresh_balance(request, call.services, call.caller.user_id)
         raise
+    if accepted.replayed:
+        set_header(request, "Idempotent-Replayed", "true")
+    return accepted
 
 
 async def wait(services: Services, job_id: str, timeout_s: float | None) -> Job | None:
@@ -128,22 +133,6 @@ def preferences(prefer: str) -> tuple[bool, float]:
     tokens = [token.strip().lower() for token in re.split(r"[,;]", prefer)]
     waits = [token.removeprefix("wait=") for token in tokens if re.fullmatch(r"wait=\d{1,4}", token)]
     return "respond-async" in tokens, float(waits[0]) if waits else 0.0
-
-
-async def _accept_once(call: GenerationCall) -> AcceptedJob:
-    request, services, caller = call.request, call.services, call.caller
-    own_bases = (call.base_url, str(request.base_url).rstrip("/"))
-    claim, route = await _claim_of(request, call.body), request.headers.get("x-route")
-    while claim:
-        found, claim = await services.database.call(_replay, services.jobs, caller.user_id, claim, services.clock())
-        if found:
-            set_header(request, "Idempotent-Replayed", "true")
-            return found
-        try:
-            return await services.intake.accept(caller, call.kind, call.body, own_bases, claim, route)
-        except idempotency.KeyAlreadyClaimed:
-            continue
-    return await services.intake.accept(caller, call.kind, call.body, own_bases, route=route)
 
 
 async def _claim_of(request: Request, body: Body) -> IdempotencyClaim | None:

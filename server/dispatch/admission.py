@@ -57,7 +57,7 @@ class Admission:
         return QueueFull(f"The queue is full: {self.max_queued} jobs wait.", headers=headers)
 
     async def _enqueue(self, new: NewJob, spec: RunSpec) -> tuple[Job, int]:
-        """Shielded by the callers: a request that breaks off in here leaves no job that was charged and is not queued."""
+        """The callers shield it: a request that breaks off in here leaves no job charged but not queued."""
         job, balance = await self.effects.database.call(self.effects.jobs.insert, new, self.effects.clock())
         self.inbox.put_nowait(JobSubmitted(self.state.queue.queued(job, spec)))
         return job, balance

@@ -213,7 +213,7 @@ def resolve(
         offered["loras"] = [lora.model_dump() for lora in offered["loras"]]
     priced = {}
     if issubclass(cls, TextToVideo):
-        fields = video_fields(model, workflow, body.given, images, video)
+        fields = video_fields(model, workflow, body.given, [image.info for image in images], video)
         priced = {"duration": fields["duration"], "resolution": fields["resolution"]}
         offered = {"seed": secrets.randbelow(MAX_SEED + 1), **offered, **fields}
         offered |= {"video": video.name} if video else {}
@@ -224,7 +224,7 @@ def resolve(
         pixels = width * height
     else:
         offered["image"] = images[0].name
-        width, height = (side * int(offered.get("scale", 1)) for side in (images[0].width, images[0].height))
+        width, height = (side * int(offered.get("scale", 1)) for side in (images[0].info.width, images[0].info.height))
         _check_sides(max(width, height), offered.get("output_format", "png"))
         pixels = width * height
     taken = {name: offered[name] for name in cls.model_fields if name in offered}
@@ -280,5 +280,5 @@ def _infer_workflow(kind: str, body: Body) -> str:
 
 
 def _same_shape(image: StoredImage, area: int, multiple: int) -> tuple[int, int]:
-    aspect = min(max(image.width / image.height, MIN_ASPECT), MAX_ASPECT)
+    aspect = min(max(image.info.width / image.info.height, MIN_ASPECT), MAX_ASPECT)
     return round_to_multiple(math.sqrt(area * aspect), multiple), round_to_multiple(math.sqrt(area / aspect), multiple)

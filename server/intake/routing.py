@@ -1,5 +1,6 @@
-"""Whether a call runs here or at fal."""
+"""Routing: whether a request runs on a local device or at fal.ai."""
 
+from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from pipelines.catalog.catalog import Model
@@ -9,7 +10,7 @@ from server.model_registry import ModelRegistry
 from server.remote.runner import RemoteRunner
 from server.settings import Route
 
-Destination = Literal["local", "fal"]
+Destination = Literal["local", "remote"]
 
 
 def read_route(header: str | None, setting: Route) -> Route:
@@ -25,37 +26,58 @@ def read_route(header: str | None, setting: Route) -> Route:
     return setting if setting == "local-only" else cast(Route, asked)
 
 
-def choose_route(
-    model: Model, workflow: str, route: Route, shelf: ModelRegistry, desk: RemoteRunner, resolution: str | None = None
-) -> Destination:
-    """Where to run it; whatever stands against that place is raised.
+@dataclass(frozen=True)
+class LocalRun:
+    """What runs a model here: the installed variant, demo weights in its place, or the reason why nothing does.
 
-    1. `remote-only`: at fal.
+    `demo` is set where the variant's own weights were never installed. With it, `refusal` is ModelNotInstalled.
+    """
+
+    variant: Model | None
+    demo: Model | None = None
+    refusal: PlantainError | None = None
+
+
+def local_run(model: Model, workflow: str, registry: ModelRegistry, resolution: str | None) -> LocalRun:
+    try:
+        variant = registry.chosen(model, workflow, resolution)
+    except PlantainError as error:
+        return LocalRun(None, refusal=error)
+    if model.runs_on != "fal" and workflow not in PARAMS:
+        text = f"{workflow} does not run on this server, only at fal.ai."
+        return LocalRun(variant, refusal=UnsupportedWorkflow(text, workflow=workflow))
+    try:
+        registry.weights(variant)
+    except PlantainError as error:
+        return LocalRun(variant, registry.demo(variant), error)
+    return LocalRun(variant, registry.demo(variant))
+
+
+def choose_route(model: Model, workflow: str, route: Route, local: LocalRun, remote: RemoteRunner) -> Destination:
+    """Where a request runs; raises the reason if it cannot run there.
+
+    1. `remote-only`: at fal.ai.
     2. `local-only`: here.
-    3. `prefer-local`: here if it is installed; else at fal, if there is an endpoint and a key. Without them the error
-       says how to have it here, or, for what runs nowhere else, why fal is out of reach.
+    3. `prefer-local`: here if it is installed; else at fal.ai, if there is an endpoint and a key. Without them the
+       error says how to install it here, or, for a model that runs at fal.ai only, why fal.ai is not available.
 
-    Where that error would be that it is not installed here, it runs here on demo weights, if there are any.
+    Where the error would be that it is not installed, it runs here on demo weights if there are any.
     """
     if route == "remote-only":
-        return _at_fal(model, workflow, desk)
-    trouble = local_refusal(model, workflow, shelf, resolution)
-    if trouble is None:
+        return _at_fal(model, workflow, remote)
+    if local.refusal is None:
         return "local"
-    if (
-        route == "prefer-local"
-        and workflow in model.remote
-        and (desk.connected or not can_run_locally(model, workflow))
-    ):
-        return _at_fal(model, workflow, desk)
-    if isinstance(trouble, ModelNotInstalled) and shelf.demo(shelf.chosen(model, workflow, resolution)):
+    available = workflow in model.remote and (remote.connected or not can_run_locally(model, workflow))
+    if route == "prefer-local" and available:
+        return _at_fal(model, workflow, remote)
+    if isinstance(local.refusal, ModelNotInstalled) and local.demo:
         return "local"
-    raise trouble
+    raise local.refusal
 
 
-def may_fall_back(model: Model, workflow: str, route: Route, desk: RemoteRunner) -> bool:
-    """Whether a job that no device here could ever hold, or that ran out of memory in every way, goes to fal."""
-    return route == "prefer-local" and workflow in model.remote and desk.connected
+def may_fall_back(model: Model, workflow: str, route: Route, remote: RemoteRunner) -> bool:
+    """Whether a job that no local device can hold, or that ran out of memory in every mode, goes to fal.ai."""
+    return route == "prefer-local" and workflow in model.remote and remote.connected
 
 
 def can_run_locally(model: Model, workflow: str) -> bool:
@@ -63,18 +85,8 @@ def can_run_locally(model: Model, workflow: str) -> bool:
     return bool(model.weights or model.variants) and workflow in PARAMS
 
 
-def local_refusal(model: Model, workflow: str, shelf: ModelRegistry, resolution: str | None) -> PlantainError | None:
-    if model.runs_on != "fal" and workflow not in PARAMS:
-        return UnsupportedWorkflow(f"{workflow} does not run on this server, only at fal.ai.", workflow=workflow)
-    try:
-        shelf.weights(shelf.chosen(model, workflow, resolution))
-    except PlantainError as error:
-        return error
-    return None
-
-
-def _at_fal(model: Model, workflow: str, desk: RemoteRunner) -> Destination:
+def _at_fal(model: Model, workflow: str, remote: RemoteRunner) -> Destination:
     if workflow not in model.remote:
         raise UnsupportedWorkflow(f"fal.ai has no endpoint for {workflow} by {model.name}.", workflow=workflow)
-    desk.check()
-    return "fal"
+    remote.check()
+    return "remote"

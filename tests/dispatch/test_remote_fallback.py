@@ -122,7 +122,7 @@ def test_nothing_leaves_the_machine_where_the_operator_forbids_it(settings: Sett
     model = load_catalog(settings.weights_toml).models["hungry-dev"]
 
     def may(settings: Settings) -> bool:
-        desk = build_remote(settings, Catalog({}), FileStore(settings.files), lambda: NOW)
+        desk = build_remote(settings, Catalog({}), FileStore(settings.files), lambda: NOW, lambda event: None)
         return may_fall_back(model, "text-to-image", settings.route, desk)
 
     assert may(settings)
@@ -165,7 +165,7 @@ def test_only_ways_that_failed_where_the_job_then_ended_well_are_remembered(tmp_
         failed, after = Attempt("gpu0", mode_named(way)), Attempt(device, mode_named("staged"))
         at = 1.0 if end == "old" else NOW
         with store.database.atomic() as db:
-            record_attempt(db, job_id, "m", failed, after, at, budget_bytes=10 * number, then_fal=end == "fal")
+            record_attempt(db, job_id, "m", failed, after, at, budget_bytes=10 * number, remote_next=end == "fal")
         if device == "gpu1":
             store.requeue(job_id, NOW, count_attempt=False)
             store.start(job_id, device, NOW)

@@ -1,4 +1,4 @@
-"""Flux, but for runs whose prompt says that there is too little memory: `only staged`, `never`, `die`, `nan`."""
+"""Flux, with prompts that make a run fail: `only MODE`, `never` (out of memory), `die FLAG` (killed), `nan`."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ class Hungry:
         return self.flux.generate(params, step)
 
     def spoiled(self, params: TextToImage, on_step: OnStep) -> Any:
-        """With a VAE that makes NaN, and is whole again afterwards."""
+        """With a VAE that outputs NaN, and is restored afterwards."""
         vae = self.flux._acquire("vae")
         bias = vae.decoder.conv_out.bias
         kept = bias.data.clone()

@@ -1,4 +1,4 @@
-"""A family that does what its prompt says: works, raises, is killed, never ends, runs out of memory."""
+"""A test family controlled by the prompt: it works, raises, is killed, never ends, or runs out of memory."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ class Wayward:
         time.sleep(float(seconds))
 
     def do_wait(self, flag: str) -> None:
-        """Step until the flag is there; a cancel is heard at each step."""
+        """Reports steps until the flag file exists; can be cancelled at each one."""
         while not Path(flag).exists():
             time.sleep(0.01)
             self.step()

@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines.media.images import save_image
 from server.errors import AddressRefused, InvalidMedia, MediaUnreachable, PlantainError
 from server.files.fetch import AddressGuard, is_public
-from server.files.inputs import ImageInputs
+from server.files.inputs import IMAGE, InputFiles
 from server.files.store import FileStore
 from tests.support.http import LOOPBACK, Web, is_stored, refused, resolver
 
@@ -46,8 +46,8 @@ def files(tmp_path: Path) -> FileStore:
 
 
 @pytest.fixture
-def media(files: FileStore) -> ImageInputs:
-    return ImageInputs(files, offline=False, allowed_networks=LOOPBACK)
+def media(files: FileStore) -> InputFiles:
+    return InputFiles(files, offline=False, allowed_networks=LOOPBACK)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ async def test_user_names_and_low_ports(media):
      "[2001:db8::1]", "[3fff::1]", "[fec0::1]", "[100::1]"],
 )  # fmt: skip
 async def test_addresses_that_are_not_public(files, host):
-    await refused(ImageInputs(files, offline=False), f"http://{host}/cat.png", AddressRefused)
+    await refused(InputFiles(files, offline=False), f"http://{host}/cat.png", AddressRefused)
 
 
 @pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "0177.0.0.1", "127.1", "0x7f.1", "1.1.1", "010.8.8.8"])
@@ -101,7 +101,7 @@ async def test_a_public_address_is_where_the_guard_lets_go():
 
 
 async def test_a_name_with_one_private_address_among_public_ones(files):
-    media = ImageInputs(files, offline=False, resolve=resolver(["8.8.8.8", "10.0.0.1"]))
+    media = InputFiles(files, offline=False, resolve=resolver(["8.8.8.8", "10.0.0.1"]))
     await refused(media, "http://mixed.example/cat.png", AddressRefused, "host mixed.example is at a private")
 
 
@@ -114,39 +114,41 @@ async def test_a_redirect_is_checked_like_the_url_itself(web, media):
 
 async def test_the_connection_goes_to_the_address_that_was_checked(web, files, photo):
     """DNS rebinding: the name's second answer would be another address, but nobody asks a second time."""
-    media = ImageInputs(files, offline=False, allowed_networks=LOOPBACK, resolve=resolver(["127.0.0.1"], ["127.0.0.2"]))
+    media = InputFiles(files, offline=False, allowed_networks=LOOPBACK, resolve=resolver(["127.0.0.1"], ["127.0.0.2"]))
     port = web.url.rpartition(":")[2]
     web.answer("/cat.png", photo)
-    assert is_stored(media, await media.image(f"http://rebind.example:{port}/cat.png", []), photo)
+    assert is_stored(media, await media.from_url(IMAGE, f"http://rebind.example:{port}/cat.png", []), photo)
     assert f"host: rebind.example:{port}\r\n" in web.requests[0].lower()
     with pytest.raises(AddressRefused):
-        await media.image(f"http://rebind.example:{port}/cat.png", [])
+        await media.from_url(IMAGE, f"http://rebind.example:{port}/cat.png", [])
 
 
 async def test_the_next_address_is_tried_if_one_does_not_answer(web, files, photo):
     both = (ipaddress.ip_network("127.0.0.0/8"),)
-    media = ImageInputs(files, offline=False, allowed_networks=both, resolve=resolver(["127.0.0.3", "127.0.0.1"]))
+    media = InputFiles(files, offline=False, allowed_networks=both, resolve=resolver(["127.0.0.3", "127.0.0.1"]))
     web.answer("/cat.png", photo)
-    assert is_stored(media, await media.image(f"http://two.example:{web.url.rpartition(':')[2]}/cat.png", []), photo)
+    assert is_stored(
+        media, await media.from_url(IMAGE, f"http://two.example:{web.url.rpartition(':')[2]}/cat.png", []), photo
+    )
 
 
 async def test_proxies_of_the_environment_are_not_used(web, media, photo, monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert is_stored(media, await media.image(web.answer("/cat.png", photo), []), photo)
+    assert is_stored(media, await media.from_url(IMAGE, web.answer("/cat.png", photo), []), photo)
 
 
 async def test_cookies_are_not_carried_from_one_caller_to_the_next(web, media, photo):
     url = web.answer("/cat.png", photo, Set_Cookie="session=1")
     for _ in range(2):
-        await media.image(url, [])
+        await media.from_url(IMAGE, url, [])
     assert "cookie" not in web.requests[1].lower()
 
 
 async def test_offline_refuses_the_network_and_nothing_else(files, photo):
-    media = ImageInputs(files, offline=True, allowed_networks=LOOPBACK)
+    media = InputFiles(files, offline=True, allowed_networks=LOOPBACK)
     await refused(media, "https://example.com/cat.png", AddressRefused, "offline")
-    assert is_stored(media, await media.image(f"data:,{quote(photo)}", []), photo)
+    assert is_stored(media, await media.from_url(IMAGE, f"data:,{quote(photo)}", []), photo)
 
 
 # TLS
@@ -171,10 +173,10 @@ async def test_certificates_are_checked_against_the_name_not_the_address(files, 
     names: list[str] = []
     serving.sni_callback = lambda connection, name, context: names.append(name)
     trusting = ssl.create_default_context(cafile=certificate / "certificate.pem")
-    media = ImageInputs(files, offline=False, allowed_networks=LOOPBACK, resolve=resolver(["127.0.0.1"]), tls=trusting)
+    media = InputFiles(files, offline=False, allowed_networks=LOOPBACK, resolve=resolver(["127.0.0.1"]), tls=trusting)
     async with Web().running(serving) as web:
         port = web.url.rpartition(":")[2]
         web.answer("/cat.png", photo)
         await refused(media, f"https://other.example:{port}/cat.png", MediaUnreachable, "CERTIFICATE_VERIFY_FAILED")
-        assert is_stored(media, await media.image(f"https://pictures.example:{port}/cat.png", []), photo)
+        assert is_stored(media, await media.from_url(IMAGE, f"https://pictures.example:{port}/cat.png", []), photo)
     assert names == ["other.example", "pictures.example"]

@@ -18,10 +18,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
 
+from pipelines.media.images import ImageInfo
+from server.api.errors import hosted_envelope
 from server.errors import InvalidMedia, MediaUnreachable, PlantainError, StorageFull, TooLarge
 from server.files.decoders import ImageDecoders
 from server.files.fetch import Limits
-from server.files.inputs import ImageInputs, StoredImage
+from server.files.inputs import IMAGE, InputFiles, StoredFile, StoredImage
 from server.files.store import FileStore
 from tests.support.http import LOOPBACK, Web, is_stored, refused
 
@@ -74,8 +76,8 @@ def files(tmp_path: Path) -> FileStore:
 
 
 @pytest.fixture
-def media(files: FileStore, shared_decoders: ImageDecoders) -> ImageInputs:
-    return ImageInputs(
+def media(files: FileStore, shared_decoders: ImageDecoders) -> InputFiles:
+    return InputFiles(
         files, offline=False, allowed_networks=LOOPBACK, limits=Limits(fetch_s=5), decoders=shared_decoders
     )
 
@@ -84,8 +86,8 @@ def media(files: FileStore, shared_decoders: ImageDecoders) -> ImageInputs:
 
 
 async def test_an_image_is_fetched_and_stored_as_it_is(web, media, photo):
-    image = await media.image(web.answer("/cat.png", photo), [])
-    assert image == StoredImage(image.name, 451, 300, "image/png", len(photo), fresh=True)
+    image = await media.from_url(IMAGE, web.answer("/cat.png", photo), [])
+    assert image == StoredFile(image.name, ImageInfo("png", "image/png", 451, 300, False), len(photo), is_new=True)
     assert image.name.endswith(".png") and is_stored(media, image, photo)
     assert "accept-encoding: identity" in web.requests[0].lower()
 
@@ -93,7 +95,7 @@ async def test_an_image_is_fetched_and_stored_as_it_is(web, media, photo):
 @pytest.mark.parametrize(("format", "suffix"), [("JPEG", ".jpg"), ("TIFF", ".tiff"), ("WEBP", ".webp")])
 async def test_the_name_is_by_the_content_whatever_the_server_says(web, media, format, suffix):
     content = encoded(Image.new("RGB", (8, 8)), format)
-    image = await media.image(web.answer("/x.png", content, Content_Type="text/html"), [])
+    image = await media.from_url(IMAGE, web.answer("/x.png", content, Content_Type="text/html"), [])
     assert image.name.endswith(suffix)
 
 
@@ -101,13 +103,13 @@ async def test_few_redirects_are_followed(web, media, photo):
     web.answer("/cat.png", photo)
     web.redirect("/2", "/cat.png")
     web.redirect("/1", f"{web.url}/2")
-    assert is_stored(media, await media.image(web.redirect("/0", "/1"), []), photo)
+    assert is_stored(media, await media.from_url(IMAGE, web.redirect("/0", "/1"), []), photo)
     await refused_after_one(media, web.redirect("/-1", "/0"))
 
 
-async def refused_after_one(media: ImageInputs, url: str) -> None:
+async def refused_after_one(media: InputFiles, url: str) -> None:
     with pytest.raises(MediaUnreachable, match="more than 3 times"):
-        await media.image(url, [])
+        await media.from_url(IMAGE, url, [])
     assert len(list(media.files.root.iterdir())) == 1
 
 
@@ -117,13 +119,13 @@ async def test_without_a_length_and_in_chunks(web, media, photo):
         web.answer("/open", photo, Content_Length=""),
         web.answer("/chunked", chunks, Content_Length="", Transfer_Encoding="chunked"),
     ):
-        image = await media.image(url, [])
+        image = await media.from_url(IMAGE, url, [])
         assert is_stored(media, image, photo)
         media.files.delete(image.name)
 
 
 async def test_gzip_that_nobody_asked_for_is_unpacked(web, media, photo):
-    image = await media.image(web.answer("/cat.png", gzip.compress(photo), Content_Encoding="gzip"), [])
+    image = await media.from_url(IMAGE, web.answer("/cat.png", gzip.compress(photo), Content_Encoding="gzip"), [])
     assert is_stored(media, image, photo)
 
 
@@ -135,17 +137,17 @@ async def test_data_urls(media, photo):
         f"data:text/plain;charset=utf-8;base64,{packed}",
         f"data:image/png,{quote(photo)}",
     ):
-        image = await media.image(url, [])
+        image = await media.from_url(IMAGE, url, [])
         assert is_stored(media, image, photo)
         media.files.delete(image.name)
 
 
 async def test_own_urls_need_no_network_and_no_copy(files, photo):
-    offline = ImageInputs(files, offline=True)
+    offline = InputFiles(files, offline=True)
     name = files.write(photo, ".png")
     for url in (f"/files/{name}", f"http://plantain.example/files/{name}"):
-        image = await offline.image(url, ["http://plantain.example"])
-        assert image == StoredImage(name, 451, 300, "image/png", len(photo), fresh=False)
+        image = await offline.from_url(IMAGE, url, ["http://plantain.example"])
+        assert image == StoredFile(name, ImageInfo("png", "image/png", 451, 300, False), len(photo), is_new=False)
     assert [path.name for path in files.root.iterdir()] == [name]
 
 
@@ -153,7 +155,7 @@ async def test_own_urls_of_nothing_or_of_no_image(media):
     await refused(media, f"/files/{media.files.new_name('.png')}", MediaUnreachable, "no such file")
     name = media.files.write(b"a video", ".mp4")
     with pytest.raises(InvalidMedia):
-        await media.image(f"/files/{name}", [])
+        await media.from_url(IMAGE, f"/files/{name}", [])
     assert media.files.path(name).exists()
 
 
@@ -232,7 +234,7 @@ async def test_errors_and_nonsense(web, media):
 
 
 async def test_a_server_that_never_answers_or_drips(web, files):
-    media = ImageInputs(files, offline=False, allowed_networks=LOOPBACK, limits=Limits(fetch_s=0.5))
+    media = InputFiles(files, offline=False, allowed_networks=LOOPBACK, limits=Limits(fetch_s=0.5))
 
     async def silent(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(2)
@@ -253,7 +255,7 @@ async def test_a_name_that_does_not_exist(files):
     async def resolve(host: str, port: int) -> list[str]:
         raise OSError("Name or service not known")
 
-    media = ImageInputs(files, offline=False, resolve=resolve)
+    media = InputFiles(files, offline=False, resolve=resolve)
     await refused(media, "https://nowhere.example/cat.png", MediaUnreachable, "host nowhere.example was not found")
 
 
@@ -267,7 +269,7 @@ async def test_a_cancelled_request_leaves_nothing(web, media):
         await asyncio.sleep(1)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(media.image, web.page("/", stalls), [])
+        group.start_soon(media.from_url, IMAGE, web.page("/", stalls), [])
         await arrived.wait()
         group.cancel_scope.cancel()
     assert list(media.files.root.iterdir()) == []
@@ -279,9 +281,9 @@ def decoders(program: str, timeout_s: float = 20.0) -> ImageDecoders:
 
 async def test_an_image_that_takes_too_long_or_crashes_its_decoder(files, photo):
     hanging, crashing = decoders("import time; time.sleep(60)", timeout_s=0.5), decoders("import os; os.abort()")
-    await refused(ImageInputs(files, offline=True, decoders=hanging), f"data:,{quote(photo)}", InvalidMedia, "too long")
+    await refused(InputFiles(files, offline=True, decoders=hanging), f"data:,{quote(photo)}", InvalidMedia, "too long")
     await refused(
-        ImageInputs(files, offline=True, decoders=crashing), f"data:,{quote(photo)}", InvalidMedia, "cannot be"
+        InputFiles(files, offline=True, decoders=crashing), f"data:,{quote(photo)}", InvalidMedia, "cannot be"
     )
 
 
@@ -293,15 +295,15 @@ first = pathlib.Path({str(tmp_path / "first")!r})
 if first.exists():
     runpy.run_module("pipelines.media.decoder", run_name="__main__")
 first.touch()"""
-    media = ImageInputs(files, offline=True, decoders=decoders(once))
+    media = InputFiles(files, offline=True, decoders=decoders(once))
     await refused(media, f"data:,{quote(photo)}", InvalidMedia, "cannot be decoded")
-    assert is_stored(media, await media.image(f"data:,{quote(photo)}", []), photo)
+    assert is_stored(media, await media.from_url(IMAGE, f"data:,{quote(photo)}", []), photo)
 
 
 async def test_a_request_cancelled_while_its_image_is_decoded_leaves_nothing(files, photo):
-    media = ImageInputs(files, offline=True, decoders=decoders("import time; time.sleep(60)"))
+    media = InputFiles(files, offline=True, decoders=decoders("import time; time.sleep(60)"))
     with anyio.move_on_after(0.5) as scope:
-        await media.image(f"data:,{quote(photo)}", [])
+        await media.from_url(IMAGE, f"data:,{quote(photo)}", [])
     assert scope.cancelled_caught and list(files.root.iterdir()) == []
 
 
@@ -309,7 +311,7 @@ async def test_many_images_at_once_take_turns_with_few_decoders(media, photo):
     images: list[StoredImage] = []
 
     async def store() -> None:
-        images.append(await media.image(f"data:,{quote(photo)}", []))
+        images.append(await media.from_url(IMAGE, f"data:,{quote(photo)}", []))
 
     async with anyio.create_task_group() as group:
         for _ in range(20):
@@ -320,7 +322,7 @@ async def test_many_images_at_once_take_turns_with_few_decoders(media, photo):
 async def test_a_full_disk(media, photo, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(StorageFull):
-        await media.image(f"data:,{quote(photo)}", [])
+        await media.from_url(IMAGE, f"data:,{quote(photo)}", [])
     assert list(media.files.root.iterdir()) == []
 
 
@@ -333,12 +335,12 @@ async def client(media):
 
     @app.post("/api/uploads")
     async def upload(request: Request) -> JSONResponse:
-        stored = await media.upload(request)
-        return JSONResponse({"name": stored.name, "width": stored.width, "fresh": stored.fresh}, 201)
+        stored = await media.from_upload(IMAGE, request)
+        return JSONResponse({"name": stored.name, "width": stored.info.width, "fresh": stored.is_new}, 201)
 
     @app.exception_handler(PlantainError)
     async def answer(request: Request, error: PlantainError) -> JSONResponse:
-        return JSONResponse(error.body("req_1"), error.status, error.headers)
+        return JSONResponse(hosted_envelope(error, "req_1"), error.status, error.headers)
 
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://plantain.example") as client:

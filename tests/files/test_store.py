@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.testclient import TestClient
 
+from server.api.errors import hosted_envelope
 from server.errors import NotFound, PlantainError, StorageFull
 from server.files.store import FileStore
 
@@ -136,7 +137,7 @@ def client(files):
 
     @app.exception_handler(PlantainError)
     async def answer(request: Request, error: PlantainError) -> JSONResponse:
-        return JSONResponse(error.body("req_1"), error.status, error.headers)
+        return JSONResponse(hosted_envelope(error, "req_1"), error.status, error.headers)
 
     with TestClient(app) as client:
         yield client

@@ -13,6 +13,7 @@ from server import services
 from server.accounts import users
 from server.accounts.users import Caller
 from server.errors import QueueFull
+from server.intake.intake import GenerationRequest
 from server.services import Services
 from server.settings import Settings
 from tests.support.server import CPU, data_url
@@ -43,7 +44,7 @@ def test_a_request_that_is_refused_leaves_no_file(made: Services):
 
     made.dispatcher.submit = submit  # type: ignore[method-assign]
     with pytest.raises(QueueFull):
-        asyncio.run(made.intake.accept(owner(made), "remove-bg", BODY, []))
+        asyncio.run(made.intake.accept(GenerationRequest(owner(made), "remove-bg", BODY, [])))
     assert files(made) == []
 
 
@@ -56,7 +57,7 @@ def test_a_call_that_breaks_off_while_its_job_is_queued_leaves_the_job_its_file(
             await asyncio.Event().wait()
 
         made.dispatcher.submit = submit  # type: ignore[method-assign, assignment]
-        call = asyncio.create_task(made.intake.accept(owner(made), "remove-bg", BODY, []))
+        call = asyncio.create_task(made.intake.accept(GenerationRequest(owner(made), "remove-bg", BODY, [])))
         await submitting.wait()
         call.cancel()
         await asyncio.wait([call])

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from pipelines.catalog.reader import load_catalog
+from pipelines.media.images import ImageInfo
 from pipelines.params import GenerateVideo
 from server.errors import BadRequest
-from server.files.inputs import StoredImage
+from server.files.inputs import StoredFile, StoredImage
 from server.intake.params import InputVideo, resolve
 
 CATALOG = load_catalog()
@@ -17,7 +18,7 @@ WAN, LTX = "wan-2.1-vace-14b", "ltx-video"
 
 
 def picture(width: int, height: int) -> StoredImage:
-    return StoredImage("a.png", width, height, "image/png", 1, fresh=True)
+    return StoredFile("a.png", ImageInfo("png", "image/png", width, height, False), 1, is_new=True)
 
 
 def resolved(model: str, workflow: str, *images: StoredImage, video: InputVideo | None = None, **sent: Any) -> Any:

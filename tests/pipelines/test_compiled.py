@@ -1,4 +1,4 @@
-"""Compiled denoisers: each kind of block once and whole, in every tier and after swaps, to the same output."""
+"""torch.compile: each kind of block is compiled once, as one graph; outputs are equal in every tier and after swaps."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +34,7 @@ CLIP = TextToVideo(
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is given to the compiler, which here gives it back: the output is then the same to the bit."""
+    """Graphs passed to the compiler, which here returns them unchanged: outputs are then equal bit for bit."""
     seen: list[Any] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
@@ -67,10 +67,10 @@ def run(family: Any, weights: Weights, params: Any, residency: Residency, tier: 
     ],
     ids=["flux", "wan", "ltx"],
 )
-def test_each_kind_of_block_is_compiled_once_and_gives_the_same(
+def test_each_kind_of_block_is_compiled_once_with_the_same_output(
     family: Any, make: Any, most: int, tmp_path: Path, graphs: list[Any]
 ):
-    """At most three times for Flux's two kinds: after its first, a single block is given views of another stride."""
+    """At most three times for Flux's two kinds: from the second on, a single block gets views of another stride."""
     weights = make(tmp_path / "weights")
     params = PICTURE if family is flux else CLIP
     plain = run(family, weights, params, Residency("cpu"))
@@ -84,7 +84,7 @@ def test_each_kind_of_block_is_compiled_once_and_gives_the_same(
     assert (run(family, weights, params, residency) == plain).all() and len(graphs) <= most
 
 
-def test_what_is_compiled_is_for_all_sizes(tmp_path: Path, graphs: list[Any]):
+def test_compiled_code_works_for_all_sizes(tmp_path: Path, graphs: list[Any]):
     weights = tiny_flux.weights_of(tiny_flux.make_flux(tmp_path / "flux", "dev", single_layers=2))
     residency = Residency("cpu")
     for width in (96, 128, 160):
@@ -102,7 +102,7 @@ def test_with_a_lora_the_plain_blocks_run(tmp_path: Path, graphs: list[Any]):
     assert graphs == []
 
 
-def test_a_model_is_compiled_if_its_table_says_so(tmp_path: Path):
+def test_a_model_is_compiled_if_its_table_sets_it(tmp_path: Path):
     def load(more: str) -> Catalog:
         (tmp_path / "weights.toml").write_text(table("flux", tmp_path, more))
         return load_catalog(tmp_path / "weights.toml")

@@ -84,7 +84,7 @@ def record(steps: Steps) -> Callable[[str, int, int], None]:
     return lambda *step: steps.append(step)
 
 
-# What comes out
+# Output
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -96,7 +96,7 @@ def test_the_picture_has_exactly_the_size_asked_for(build, model: str, size: tup
 
 @both_ways
 @pytest.mark.parametrize("model", MODELS)
-def test_a_seed_is_a_picture_whatever_ran_or_was_evicted_in_between(build, residency: Residency, model: str):
+def test_a_seed_gives_the_same_picture_after_other_runs_and_evictions(build, residency: Residency, model: str):
     first = build(model).generate(text(), ignore).tobytes()
     for other in MODELS:
         build(other).generate(text("a blue square", seed=1, width=32), ignore)
@@ -114,7 +114,7 @@ def test_each_parameter_changes_the_picture(build, change: dict[str, Any]):
     assert dev.generate(text(**change), ignore).tobytes() != dev.generate(text(), ignore).tobytes()
 
 
-def test_guidance_is_for_models_with_guidance_embeddings(build):
+def test_only_models_with_guidance_embeddings_use_guidance(build):
     for model, same in (("flux-dev", False), ("flux-schnell", True)):
         one, two = (build(model).generate(text(guidance_scale=scale), ignore).tobytes() for scale in (0.0, 9.0))
         assert (one == two) is same
@@ -129,7 +129,7 @@ def test_schnell_takes_256_tokens_the_others_512(build, root: Path, residency: R
     assert seen == [(1, tokens)]
 
 
-def test_a_tokenizer_of_fewer_tokens_is_not_filled_up_beyond_them(root: Path, tmp_path: Path, residency: Residency):
+def test_prompts_are_not_padded_beyond_the_tokenizers_limit(root: Path, tmp_path: Path, residency: Residency):
     folder = shutil.copytree(root / "flux-dev", tmp_path / "flux-dev")
     tokenizer = load_small(folder, "tokenizer_2")
     tokenizer.model_max_length = 24
@@ -138,15 +138,15 @@ def test_a_tokenizer_of_fewer_tokens_is_not_filled_up_beyond_them(root: Path, tm
     assert picture == own(FluxPipeline, folder, max_sequence_length=24)
 
 
-def test_any_prompt_is_a_prompt(build):
+def test_any_text_is_a_valid_prompt(build):
     pictures = {build("flux-dev").generate(text(prompt), ignore).tobytes() for prompt in ("猫", "🍌", "<pad>", ".")}
     assert len(pictures) == 4
 
 
-# The same pictures as diffusers makes by itself
+# Equality with diffusers
 
 
-def test_text_to_image_is_diffusers_own(build, root: Path):
+def test_text_to_image_equals_diffusers(build, root: Path):
     assert build("flux-dev").generate(text(), ignore) == own(FluxPipeline, root / "flux-dev", max_sequence_length=512)
     assert build("flux-schnell").generate(text(), ignore) == own(
         FluxPipeline, root / "flux-schnell", max_sequence_length=256
@@ -154,12 +154,12 @@ def test_text_to_image_is_diffusers_own(build, root: Path):
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
-def test_image_to_image_is_diffusers_own(build, root: Path, photo, strength: float):
+def test_image_to_image_equals_diffusers(build, root: Path, photo, strength: float):
     ours = build("flux-dev").generate(image(photo(), strength=strength), ignore)
     assert ours == own(FluxImg2ImgPipeline, root / "flux-dev", image=opened(photo()), strength=strength)
 
 
-def test_kontext_is_diffusers_own(build, root: Path, photo):
+def test_kontext_equals_diffusers(build, root: Path, photo):
     whole = {"max_area": 64 * 64, "_auto_resize": False}
     kontext = build("flux-kontext")
     assert kontext.generate(text(), ignore) == own(FluxKontextPipeline, root / "flux-kontext", **whole)
@@ -167,27 +167,29 @@ def test_kontext_is_diffusers_own(build, root: Path, photo):
     assert ours == own(FluxKontextPipeline, root / "flux-kontext", image=opened(photo()), **whole)
 
 
-def test_a_negative_prompt_is_diffusers_own_true_guidance(build, root: Path):
+def test_a_negative_prompt_equals_diffusers_true_guidance(build, root: Path):
     ours = build("flux-dev").generate(text(negative_prompt="a cat"), ignore)
     assert ours == own(FluxPipeline, root / "flux-dev", negative_prompt="a cat", true_cfg_scale=2.0)
 
 
 def own(pipeline: Any, folder: Path, **changes: Any) -> Image.Image:
-    """What the pipeline makes in one call, everything loaded by it."""
+    """The output of one call of diffusers' pipeline, which loads everything itself."""
     pipe = pipeline.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     params = BASICS | {"prompt": "a red circle", "generator": torch.Generator("cpu").manual_seed(BASICS["seed"])}
     return pipe(**{name: value for name, value in (params | changes).items() if name != "seed"}).images[0]
 
 
-# Pictures that go in
+# Input pictures
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.01, 1), (0.3, 2), (0.5, 2), (0.75, 3), (1.0, 4)])
-def test_strength_is_the_share_of_the_steps_that_run_and_are_told(build, photo, strength: float, steps: int):
-    told: Steps = []
-    build("flux-dev").generate(image(photo(), strength=strength), record(told))
-    assert [step for step in told if step[0] == "denoise"] == [("denoise", n + 1, steps) for n in range(steps)]
+def test_strength_is_the_share_of_the_steps_that_run_and_are_reported(build, photo, strength: float, steps: int):
+    steps_reported: Steps = []
+    build("flux-dev").generate(image(photo(), strength=strength), record(steps_reported))
+    assert [step for step in steps_reported if step[0] == "denoise"] == [
+        ("denoise", n + 1, steps) for n in range(steps)
+    ]
 
 
 def test_strength_1_ignores_the_picture_and_less_does_not(build, photo):
@@ -199,10 +201,10 @@ def test_strength_1_ignores_the_picture_and_less_does_not(build, photo):
 
 @both_ways
 def test_strength_0_is_the_picture_and_needs_no_weights(build, residency: Residency, photo):
-    told: Steps = []
-    output = build("flux-dev").generate(image(photo(), strength=0), record(told))
+    steps_reported: Steps = []
+    output = build("flux-dev").generate(image(photo(), strength=0), record(steps_reported))
     assert output == opened(photo())
-    assert (told, residency.resident()) == ([], ())
+    assert (steps_reported, residency.resident()) == ([], ())
 
 
 def test_the_picture_covers_the_output_and_is_cropped_evenly(build, photo):
@@ -218,7 +220,7 @@ def test_what_is_transparent_becomes_white(build, tmp_path: Path):
 
 
 @pytest.mark.parametrize("sizes", [[(64, 64)], [(300, 100)], [(64, 64), (20, 90), (200, 10)]])
-def test_kontext_looks_at_one_picture_or_several(build, photo, sizes: list[tuple[int, int]]):
+def test_kontext_takes_one_picture_or_several(build, photo, sizes: list[tuple[int, int]]):
     kontext = build("flux-kontext")
     paths = [photo(*size, seed=n) for n, size in enumerate(sizes)]
     picture = kontext.generate(image(*paths, width=96, height=48), ignore)
@@ -228,7 +230,7 @@ def test_kontext_looks_at_one_picture_or_several(build, photo, sizes: list[tuple
     assert len({picture.tobytes(), unseen.tobytes(), first.tobytes()}) == (2 if len(paths) == 1 else 3)
 
 
-def test_references_stand_side_by_side_uncropped(tmp_path: Path):
+def test_references_are_side_by_side_and_not_cropped(tmp_path: Path):
     colours = {"red": (30, 60), "lime": (90, 90), "blue": (10, 10)}
     for colour, size in colours.items():
         Image.new("RGB", size, colour).save(tmp_path / f"{colour}.png")
@@ -247,7 +249,7 @@ def test_a_reference_has_kontexts_trained_area(photo, size: tuple[int, int], exp
     assert reference_picture(image(photo(*size), width=2048, height=2048), 16).size == expected
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -260,42 +262,42 @@ def test_a_reference_has_kontexts_trained_area(photo, size: tuple[int, int], exp
         ("flux-dev", image(Path("a.png"), Path("b.png"))),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_before_anything_is_loaded(build, residency: Residency, model, params):
+def test_invalid_input_is_refused_before_anything_is_loaded(build, residency: Residency, model, params):
     with pytest.raises(InvalidInput):
         build(model).generate(params, ignore)
     assert residency.resident() == ()
 
 
-def test_a_file_that_is_no_picture_is_refused(build, tmp_path: Path):
+def test_a_file_that_is_not_a_picture_is_refused(build, tmp_path: Path):
     (tmp_path / "no.png").write_bytes(b"no picture")
     with pytest.raises(InvalidInput):
         build("flux-dev").generate(image(tmp_path / "no.png"), ignore)
 
 
-def test_progress_is_told_by_phase(build):
-    told: Steps = []
-    build("flux-schnell").generate(text(), record(told))
+def test_progress_is_reported_by_phase(build):
+    steps_reported: Steps = []
+    build("flux-schnell").generate(text(), record(steps_reported))
     denoise = [("denoise", n, 4) for n in (1, 2, 3, 4)]
-    assert told == [("encode", 0, 1), ("encode", 1, 1), *denoise, ("decode", 0, 1), ("decode", 1, 1)]
+    assert steps_reported == [("encode", 0, 1), ("encode", 1, 1), *denoise, ("decode", 0, 1), ("decode", 1, 1)]
 
 
 @pytest.mark.parametrize("last", range(8))
-def test_a_job_may_be_cancelled_at_every_step_and_the_next_is_not_touched(build, last: int):
-    dev, told = build("flux-dev"), []
+def test_a_job_can_be_cancelled_at_every_step_without_affecting_the_next(build, last: int):
+    dev, steps_reported = build("flux-dev"), []
     expected = dev.generate(text(), ignore)
 
     def cancel(*step: object) -> None:
-        told.append(step)
-        if len(told) > last:
+        steps_reported.append(step)
+        if len(steps_reported) > last:
             raise JobCancelled
 
     with pytest.raises(JobCancelled):
         dev.generate(text("a cat"), cancel)
-    assert len(told) == last + 1
+    assert len(steps_reported) == last + 1
     assert dev.generate(text(), ignore) == expected
 
 
-def test_a_picture_of_nan_is_an_error_and_fresh_weights_mend_it(build, root: Path):
+def test_nan_pixels_are_an_error_and_reloaded_weights_work_again(build, root: Path):
     expected = build("flux-dev").generate(text(), ignore)
     residency = Residency("cpu")
     dev = flux.build(tiny_flux.weights_of(root / "flux-dev"), residency)
@@ -307,7 +309,7 @@ def test_a_picture_of_nan_is_an_error_and_fresh_weights_mend_it(build, root: Pat
     assert dev.generate(text(), ignore) == expected
 
 
-# What is loaded, and from what
+# Loading
 
 
 @both_ways
@@ -333,28 +335,28 @@ def fail(component: Component) -> None:
 
 
 @both_ways
-def test_the_bytes_told_are_the_bytes_there(build, root: Path, residency: Residency):
+def test_resident_bytes_are_those_of_the_buffers(build, root: Path, residency: Residency):
     build("flux-dev").generate(text(), ignore)
-    told = dict(residency.resident())
+    reported = dict(residency.resident())
     for component in tiny_flux.weights_of(root / "flux-dev").components:
         module = residency.acquire(component, fail)
         tensors = {tensor.data_ptr(): tensor for tensor in [*module.parameters(), *module.buffers()]}
         exact = sum(tensor.nbytes for tensor in tensors.values())
-        assert next(iter(tensors.values())).untyped_storage().nbytes() == told[component.key]
-        assert exact <= told[component.key] < exact + ALIGNMENT_BYTES * len(tensors)
-        assert component.weights_bytes <= told[component.key]
+        assert next(iter(tensors.values())).untyped_storage().nbytes() == reported[component.key]
+        assert exact <= reported[component.key] < exact + ALIGNMENT_BYTES * len(tensors)
+        assert component.weights_bytes <= reported[component.key]
         assert {tensor.dtype for tensor in module.parameters()} == {torch.bfloat16}
-    assert set(told) == {component.key for component in tiny_flux.weights_of(root / "flux-dev").components}
+    assert set(reported) == {component.key for component in tiny_flux.weights_of(root / "flux-dev").components}
 
 
 @both_ways
-def test_components_come_in_the_order_of_the_phases(build, root: Path, residency: Residency, photo):
+def test_components_are_loaded_in_the_order_of_the_phases(build, root: Path, residency: Residency, photo):
     build("flux-dev").generate(image(photo(), strength=0.5), ignore)
     names = {component.key: component.name for component in tiny_flux.weights_of(root / "flux-dev").components}
     assert [names[key] for key, _ in residency.resident()] == ["text_encoder", "text_encoder_2", "transformer", "vae"]
 
 
-def test_a_broken_file_is_named_and_what_is_loaded_already_stays(root: Path, tmp_path: Path):
+def test_a_broken_file_is_named_and_loaded_components_stay(root: Path, tmp_path: Path):
     folder = Path(shutil.copytree(root / "flux-dev", tmp_path / "flux-dev"))
     weights, residency = tiny_flux.weights_of(folder), Residency("cpu")
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"

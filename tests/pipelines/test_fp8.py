@@ -1,4 +1,4 @@
-"""Weights kept in 8 bits: bytes exactly as foreseen from the headers; the bits of diffusers; fit for every tier."""
+"""fp8 storage: bytes as computed from the headers, outputs as diffusers' layerwise casting, in every tier."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ STORED = [(*part, None) for part in PARTS] + [(family, part, FP8) for family, pa
 
 
 @pytest.mark.parametrize(("family", "part", "storage"), STORED)
-def test_the_bytes_foreseen_from_the_headers_are_those_of_the_loaded_tensors(
+def test_bytes_computed_from_headers_are_those_of_the_loaded_tensors(
     folders: dict[str, Path], family: str, part: str, storage: str | None
 ):
     component = described(folders[family] / part, storage=storage)
@@ -66,14 +66,14 @@ def test_the_bytes_foreseen_from_the_headers_are_those_of_the_loaded_tensors(
     if component.block_bytes:
         assert len(component.block_bytes) == len(layout.blocks)
     by_size = sorted(layout.blocks, key=lambda block: block.size_bytes)
-    for foreseen, block in zip(sorted(component.block_bytes), by_size, strict=False):
-        assert 0 <= block.size_bytes - foreseen < ALIGNMENT_BYTES * len(block.slots)
+    for computed, block in zip(sorted(component.block_bytes), by_size, strict=False):
+        assert 0 <= block.size_bytes - computed < ALIGNMENT_BYTES * len(block.slots)
     slack = ALIGNMENT_BYTES * len(layout.slots) + BLOCK_ALIGNMENT_BYTES * len(layout.blocks)
     unsaved = sum(t.nbytes for name, t in module.named_buffers() if name not in module.state_dict())
     assert 0 <= layout.total_bytes - component.weights_bytes <= slack + unsaved
 
 
-def picture(folder: Path, storage: str | None, way: str = "resident", copies: bool = True) -> bytes:
+def picture(folder: Path, storage: str | None, tier: str = "resident", copies: bool = True) -> bytes:
     weights = tiny_flux.weights_of(folder)
     parts = tuple(
         replace(described(part.path, part.dtype, storage if part.name == "transformer" else None))
@@ -86,22 +86,22 @@ def picture(folder: Path, storage: str | None, way: str = "resident", copies: bo
         ("denoise", (parts[0].key,)),
         ("decode", (parts[3].key,)),
     )
-    chosen: Any = way
+    chosen: Any = tier
     residency.begin_run(
-        ExecutionMode(chosen, phases=phases, streamed_bytes=((parts[0].key, 0),) if way == "streamed" else ())
+        ExecutionMode(chosen, phases=phases, streamed_bytes=((parts[0].key, 0),) if tier == "streamed" else ())
     )
     params = TextToImage(prompt="a cat", width=64, height=64, seed=1, num_inference_steps=3, guidance_scale=3.5)
     return build(weights, residency).generate(params, lambda phase, step, steps: residency.enter_phase(phase)).tobytes()
 
 
-@pytest.mark.parametrize("way", ["resident", "staged", "streamed"])
-def test_the_picture_of_8_bit_weights_is_the_same_in_every_tier(folders: dict[str, Path], way: str):
+@pytest.mark.parametrize("tier", ["resident", "staged", "streamed"])
+def test_the_picture_of_8_bit_weights_is_the_same_in_every_tier(folders: dict[str, Path], tier: str):
     expected = picture(folders["flux"], FP8, copies=False)
-    assert picture(folders["flux"], FP8, way) == expected
-    assert picture(folders["flux"], None, way) != expected
+    assert picture(folders["flux"], FP8, tier) == expected
+    assert picture(folders["flux"], None, tier) != expected
 
 
-def test_kept_8_bit_weights_compute_what_diffusers_own_casting_does(folders: dict[str, Path]):
+def test_packed_8_bit_weights_give_the_outputs_of_diffusers_casting(folders: dict[str, Path]):
     path = folders["flux"] / "transformer"
     ours = load_component(described(path, storage=FP8))
     theirs = FluxTransformer2DModel.from_pretrained(path, dtype=torch.bfloat16).eval()
@@ -124,7 +124,7 @@ def test_kept_8_bit_weights_compute_what_diffusers_own_casting_does(folders: dic
         assert torch.equal(ours(**inputs).sample, theirs(**inputs).sample)
 
 
-def test_a_layer_that_raised_while_it_was_wide_is_narrow_again_wherever_its_weights_went(folders: dict[str, Path]):
+def test_a_layer_that_raised_while_upcast_is_restored_wherever_its_weights_moved(folders: dict[str, Path]):
     residency = Residency("cpu", copies_to_device=True)
     component = described(folders["flux"] / "transformer", storage=FP8)
     module = residency.acquire(component, load_component)
@@ -139,7 +139,7 @@ def test_a_layer_that_raised_while_it_was_wide_is_narrow_again_wherever_its_weig
         assert torch.equal(layer.weight.view(torch.uint8), before)
 
 
-def test_a_file_of_another_dtype_takes_what_was_foreseen(folders: dict[str, Path], tmp_path: Path):
+def test_a_file_of_another_dtype_takes_the_computed_bytes(folders: dict[str, Path], tmp_path: Path):
     path = tmp_path / "vae"
     torch.nn.Module.to(load_component(described(folders["flux"] / "vae")), torch.float32).save_pretrained(path)
     (tmp_path / "model_index.json").write_text((folders["flux"] / "model_index.json").read_text())

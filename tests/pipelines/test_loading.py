@@ -1,4 +1,4 @@
-"""From files to objects, on tiny weights of the real classes: the right ones, and every way to be wrong."""
+"""Loading components and tokenizers, on tiny weights of the real classes, and every kind of unusable file."""
 
 import shutil
 import socket
@@ -21,7 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A copy, to be spoiled."""
+    """A copy, for tests that damage it."""
     return Path(shutil.copytree(made, tmp_path / "flux-dev"))
 
 
@@ -39,7 +39,7 @@ def test_a_component_is_of_the_class_that_the_index_names_in_the_dtype_asked_for
     assert not any(tensor.requires_grad for tensor in module.parameters())
 
 
-def test_what_is_small_is_of_the_class_that_the_index_names(made: Path):
+def test_tokenizers_and_schedulers_are_of_the_class_that_the_index_names(made: Path):
     assert isinstance(load_small(made, "tokenizer"), CLIPTokenizer)
     assert isinstance(load_small(made, "scheduler"), FlowMatchEulerDiscreteScheduler)
 
@@ -52,7 +52,7 @@ def test_weights_in_several_files_are_one_component(folder: Path):
         assert torch.equal(tensor, whole[name])
 
 
-def test_a_missing_one_of_several_files_is_named(folder: Path):
+def test_one_missing_file_of_several_is_named(folder: Path):
     into_shards(folder)
     gone = min((folder / "text_encoder_2").glob("*.safetensors"))
     gone.unlink()
@@ -66,7 +66,7 @@ def into_shards(folder: Path) -> None:
     encoder.save_pretrained(folder / "text_encoder_2", max_shard_size="8KB")
 
 
-def test_nothing_is_asked_of_the_network(made: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_network_is_not_used(made: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: object) -> None:
         pytest.fail("a socket was opened")
 
@@ -119,13 +119,13 @@ def test_an_index_may_name_no_class_of_another_library(folder: Path):
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda index: index.write_text("{,")])
-def test_an_index_that_is_gone_or_broken_is_named(folder: Path, spoil):
+def test_a_missing_or_broken_index_is_named(folder: Path, spoil):
     spoil(folder / "model_index.json")
     with pytest.raises(UnusableWeights, match=r"model_index\.json"):
         load(folder)
 
 
-def test_a_tokenizer_that_is_gone_is_named(folder: Path):
+def test_a_missing_tokenizer_is_named(folder: Path):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(UnusableWeights, match="tokenizer"):
         load_small(folder, "tokenizer")

@@ -1,4 +1,4 @@
-"""LoRAs: the pictures that diffusers makes with them, and not a trace of them afterwards."""
+"""LoRAs: outputs equal diffusers', and the shared weights are unchanged afterwards."""
 
 import warnings
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def bits(picture: Image.Image) -> bytes:
 
 
 def own(folder: Path, loras: dict[Path, float]) -> Image.Image:
-    """What diffusers makes by itself, everything loaded by it."""
+    """The output of diffusers' pipeline, which loads everything itself."""
     pipe = FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     with warnings.catch_warnings(action="ignore"):  # that there are several
@@ -84,33 +84,33 @@ def own(folder: Path, loras: dict[Path, float]) -> Image.Image:
     return pipe(**inputs, generator=torch.Generator("cpu").manual_seed(7)).images[0]
 
 
-# What comes out
+# Output
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (-0.5,), (0.8, 0.6)])
-def test_a_picture_is_diffusers_own(build, root: Path, scales: tuple[float, ...]):
+def test_a_picture_equals_diffusers(build, root: Path, scales: tuple[float, ...]):
     paths = dict(zip((root / "one.safetensors", root / "two.safetensors"), scales, strict=False))
     ours = build("flux-dev").generate(params(*(lora(path, scale) for path, scale in paths.items())), ignore)
     assert bits(ours) == bits(own(root / "flux-dev", paths))
 
 
-def test_a_picture_that_is_changed_is_changed_with_them(build, root: Path, tmp_path: Path):
+def test_image_to_image_applies_them_too(build, root: Path, tmp_path: Path):
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / "in.png")
     dev = build("flux-dev")
-    plain, worn = (
+    plain, applied = (
         dev.generate(ImageToImage(**BASICS, images=(tmp_path / "in.png",), strength=0.7, loras=loras), ignore)
         for loras in ((), (lora(root / "one.safetensors"),))
     )
-    assert bits(plain) != bits(worn)
+    assert bits(plain) != bits(applied)
 
 
 def test_each_lora_and_each_scale_makes_another_picture(build, root: Path):
     dev, one, two = build("flux-dev"), root / "one.safetensors", root / "two.safetensors"
     wardrobes = [[], [lora(one)], [lora(two)], [lora(one, 0.5)], [lora(one), lora(two)]]
-    assert len({bits(dev.generate(params(*worn), ignore)) for worn in wardrobes}) == len(wardrobes)
+    assert len({bits(dev.generate(params(*applied), ignore)) for applied in wardrobes}) == len(wardrobes)
 
 
-def test_scale_0_is_no_lora_bit_for_bit(build, root: Path):
+def test_scale_0_equals_no_lora_bit_for_bit(build, root: Path):
     dev, one, two = build("flux-dev"), root / "one.safetensors", root / "two.safetensors"
     assert bits(dev.generate(params(lora(one, 0)), ignore)) == bits(dev.generate(params(), ignore))
     with_two = bits(dev.generate(params(lora(two)), ignore))
@@ -119,25 +119,25 @@ def test_scale_0_is_no_lora_bit_for_bit(build, root: Path):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 @pytest.mark.parametrize(("family", "folder"), [(wan, "t2v"), (ltx, "ltx")])
-def test_a_clip_is_made_with_them_too(root: Path, residency: Residency, family: Any, folder: str):
+def test_videos_apply_them_too(root: Path, residency: Residency, family: Any, folder: str):
     model = family.build(tiny_video.video_weights_of(root / folder), residency)
     clip = {
         "prompt": "a red circle", "width": 64, "height": 64, "num_frames": 9, "fps": 16, "seed": 7,
         "num_inference_steps": 2, "guidance_scale": 1.0,
     }  # fmt: skip
-    plain, worn, again = (
+    plain, applied, again = (
         model.generate(TextToVideo(**clip, loras=loras), ignore).frames
         for loras in ((), (lora(root / f"{folder}.safetensors"),), ())
     )
-    assert not np.array_equal(plain, worn)
+    assert not np.array_equal(plain, applied)
     assert np.array_equal(plain, again)
 
 
-# Not a trace afterwards
+# State after a run
 
 
 def trace(network: torch.nn.Module) -> list[Any]:
-    """Every layer, tensor, place in memory and hook of a network."""
+    """Every layer, tensor, address and hook of a network."""
     modules = [(name, id(module), module.training) for name, module in network.named_modules()]
     hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in network.modules()]
     tensors = [
@@ -155,7 +155,7 @@ def stop(phase: str, step: int, steps: int) -> None:
         raise JobCancelled
 
 
-def test_the_shared_weights_are_what_and_where_they_were(build, root: Path, residency: Residency):
+def test_the_shared_weights_are_neither_changed_nor_moved(build, root: Path, residency: Residency):
     dev = build("flux-dev")
     plain = bits(dev.generate(params(), ignore))
     before = trace(held(root, residency))
@@ -176,14 +176,14 @@ def test_a_cancelled_run_leaves_nothing_behind(build, root: Path, residency: Res
     assert bits(dev.generate(params(), ignore)) == plain
 
 
-def test_weights_that_were_evicted_and_came_back_wear_the_next(build, root: Path, residency: Residency):
+def test_weights_that_were_evicted_and_reloaded_take_the_next_lora(build, root: Path, residency: Residency):
     dev = build("flux-dev")
     first = bits(dev.generate(params(lora(root / "one.safetensors")), ignore))
     residency.evict_all()
     assert bits(dev.generate(params(lora(root / "one.safetensors")), ignore)) == first
 
 
-def test_models_that_share_components_know_nothing_of_it(build, root: Path):
+def test_models_that_share_components_are_not_affected(build, root: Path):
     plain = bits(build("flux-schnell").generate(params(), ignore))
     build("flux-dev").generate(params(lora(root / "one.safetensors")), ignore)
     assert bits(build("flux-schnell").generate(params(), ignore)) == plain
@@ -191,10 +191,10 @@ def test_models_that_share_components_know_nothing_of_it(build, root: Path):
 
 @pytest.mark.parametrize("tier", ["staged", "streamed"])
 def test_every_tier_makes_the_same_picture(root: Path, tier: Any):
-    """Streamed, a LoRA is on the device while the layers that it is for come and go."""
+    """In the tier `streamed`, a LoRA stays on the device while its layers are copied in."""
     weights = tiny_flux.weights_of(root / "flux-dev")
-    worn = params(lora(root / "one.safetensors"), lora(root / "two.safetensors", 0.5))
-    resident = bits(flux.build(weights, Residency("cpu", copies_to_device=True)).generate(worn, ignore))
+    applied = params(lora(root / "one.safetensors"), lora(root / "two.safetensors", 0.5))
+    resident = bits(flux.build(weights, Residency("cpu", copies_to_device=True)).generate(applied, ignore))
     keys = {component.name: component.key for component in weights.components}
     phases = (
         ("encode", (keys["text_encoder"], keys["text_encoder_2"])),
@@ -202,14 +202,14 @@ def test_every_tier_makes_the_same_picture(root: Path, tier: Any):
         ("decode", (keys["vae"],)),
     )
     residency = Residency("cpu", copies_to_device=True)
-    way = ExecutionMode(tier, phases=phases, streamed_bytes=((keys["transformer"], 0),) if tier == "streamed" else ())
+    mode = ExecutionMode(tier, phases=phases, streamed_bytes=((keys["transformer"], 0),) if tier == "streamed" else ())
     dev = flux.build(weights, residency)
     for _ in range(2):
-        residency.begin_run(way)
-        assert bits(dev.generate(worn, ignore)) == resident
+        residency.begin_run(mode)
+        assert bits(dev.generate(applied, ignore)) == resident
 
 
-# What is refused
+# Errors
 
 
 def changed(root: Path, path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
@@ -227,7 +227,7 @@ def with_encoder(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def too_wide(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As a control LoRA, for which diffusers would make the shared layer wider."""
+    """Like a control LoRA, for which diffusers would widen the shared layer."""
     return tensors | {"transformer.x_embedder.lora_A.weight": torch.ones(2, 128)}
 
 
@@ -254,7 +254,9 @@ def dora(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (lambda tensors: {"other": torch.ones(2)}, "other"),
     ],
 )
-def test_what_is_no_lora_of_this_denoiser_is_refused(build, root: Path, tmp_path: Path, residency, change, why: str):
+def test_a_file_that_is_not_a_lora_for_this_denoiser_is_refused(
+    build, root: Path, tmp_path: Path, residency, change, why: str
+):
     dev = build("flux-dev")
     plain = bits(dev.generate(params(), ignore))
     before = trace(held(root, residency))
@@ -268,13 +270,17 @@ def test_what_is_no_lora_of_this_denoiser_is_refused(build, root: Path, tmp_path
 def test_a_file_that_is_cut_short_or_was_replaced_is_refused(build, root: Path, tmp_path: Path):
     short = tmp_path / "short.safetensors"
     short.write_bytes((root / "one.safetensors").read_bytes()[:-10])
-    worn = lora(short)
+    applied = lora(short)
     with pytest.raises(UnusableWeights, match="LoRA short"):
-        build("flux-dev").generate(params(worn), ignore)
+        build("flux-dev").generate(params(applied), ignore)
     short.write_bytes((root / "one.safetensors").read_bytes())
     with pytest.raises(UnusableWeights, match="replaced"):
-        build("flux-dev").generate(params(worn), ignore)
-    gone = worn.model_copy(update={"weights": replace(worn.weights, fingerprints=())}) if worn.weights else worn
+        build("flux-dev").generate(params(applied), ignore)
+    gone = (
+        applied.model_copy(update={"weights": replace(applied.weights, fingerprints=())})
+        if applied.weights
+        else applied
+    )
     short.unlink()
     with pytest.raises(UnusableWeights, match="LoRA short"):
         build("flux-dev").generate(params(gone), ignore)

@@ -82,7 +82,7 @@ def frames_of(model: Ltx, params: TextToVideo) -> np.ndarray:
     return model.generate(params, ignore).frames
 
 
-# What comes out
+# Output
 
 
 @pytest.mark.parametrize(("width", "height", "count"), [(64, 32, 9), (32, 96, 1), (96, 64, 25)])
@@ -92,7 +92,7 @@ def test_the_clip_has_exactly_the_size_and_frames_asked_for(model: Ltx, width: i
     assert (clip.fps, clip.after) == (24, None)
 
 
-def test_a_seed_is_a_clip_whatever_ran_or_was_evicted_in_between(model: Ltx, residency: Residency, picture: Path):
+def test_a_seed_gives_the_same_clip_after_other_runs_and_evictions(model: Ltx, residency: Residency, picture: Path):
     first = frames_of(model, text())
     frames_of(model, image(picture, seed=1))
     assert np.array_equal(frames_of(model, text()), first)
@@ -116,31 +116,31 @@ def test_each_parameter_changes_the_clip(model: Ltx, change: dict[str, Any]):
     assert not np.array_equal(frames_of(model, text(**change)), frames_of(model, text()))
 
 
-# The same clips as diffusers makes by itself
+# Equality with diffusers
 
 
-def test_text_to_video_is_diffusers_own(model: Ltx, folder: Path):
+def test_text_to_video_equals_diffusers(model: Ltx, folder: Path):
     assert furthest(frames_of(model, text()), own(folder)) <= 1
 
 
-def test_image_to_video_is_diffusers_own(model: Ltx, folder: Path, picture: Path):
+def test_image_to_video_equals_diffusers(model: Ltx, folder: Path, picture: Path):
     theirs = own(folder, conditions=[LTXVideoCondition(image=opened(picture), frame_index=0)])
     assert furthest(frames_of(model, image(picture)), theirs) <= 1
 
 
-def test_first_and_last_frame_are_diffusers_own(model: Ltx, folder: Path, picture: Path):
+def test_first_and_last_frame_equal_diffusers(model: Ltx, folder: Path, picture: Path):
     places = [LTXVideoCondition(image=opened(picture), frame_index=n) for n in (0, 16)]
     theirs = own(folder, conditions=places, num_frames=17)
     assert furthest(frames_of(model, image(picture, picture, num_frames=17)), theirs) <= 1
 
 
 def furthest(one: np.ndarray, other: np.ndarray) -> int:
-    """The pipeline turns pixels to 8 bits in bfloat16, which is off by up to one step."""
+    """Equal within one step: diffusers converts pixels to 8 bits in bfloat16."""
     return int(np.abs(one.astype(int) - other).max())
 
 
 def own(folder: Path, **changes: Any) -> np.ndarray:
-    """What the pipeline makes in one call, everything loaded by it."""
+    """The output of one call of diffusers' pipeline, which loads everything itself."""
     pipe = LTXConditionPipeline.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     params = {name: value for name, value in BASICS.items() if name not in ("seed", "fps")} | changes
@@ -174,14 +174,14 @@ def test_a_long_clip_is_decoded_in_pieces(model: Ltx, residency: Residency, monk
     assert not vae.use_framewise_decoding
 
 
-# What goes in
+# Input
 
 
 @pytest.mark.parametrize(("limit", "tokens"), [(512, 256), (128, 256), (24, 24)])
-def test_prompts_are_filled_up_to_256_tokens_or_to_fewer_that_the_tokenizer_takes(
+def test_prompts_are_padded_to_256_tokens_or_the_tokenizers_lower_limit(
     folder: Path, tmp_path: Path, residency: Residency, limit: int, tokens: int
 ):
-    """128 is what the makers' own tokenizer says."""
+    """128 is the published tokenizer's limit, which is ignored."""
     copy = shutil.copytree(folder, tmp_path / "ltx")
     tokenizer = load_small(copy, "tokenizer")
     tokenizer.model_max_length = limit
@@ -193,14 +193,14 @@ def test_prompts_are_filled_up_to_256_tokens_or_to_fewer_that_the_tokenizer_take
 
 
 def tokens_seen(encoder: torch.nn.Module) -> list[tuple[int, int]]:
-    """Filled with the shape of each input from now on."""
+    """A list to which the shape of each later input is added."""
     seen: list[tuple[int, int]] = []
     encoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
     return seen
 
 
 @pytest.mark.parametrize(("added", "seen"), [(8, 17), (240, 17), (248, 9), (256, 1)])
-def test_extending_sees_as_many_of_the_last_frames_as_leave_the_trained_length(footage: Path, added: int, seen: int):
+def test_an_extension_is_conditioned_on_the_last_frames_within_the_trained_length(footage: Path, added: int, seen: int):
     start = ltx.from_video_end(extend(footage, num_frames=added))
     assert (start.overlap_frames, start.frames, start.continues) == (seen, seen + added, footage)
     (condition,) = start.conditions
@@ -208,7 +208,7 @@ def test_extending_sees_as_many_of_the_last_frames_as_leave_the_trained_length(f
     assert np.abs(np.asarray(condition.video[-1]).astype(int) - boxes(30, 64, 32)[29]).mean() < 4
 
 
-def test_a_short_video_is_extended_from_what_there_is(model: Ltx, tmp_path: Path):
+def test_a_short_video_is_extended_from_all_its_frames(model: Ltx, tmp_path: Path):
     short = write(tmp_path / "in.mp4", boxes(12, 64, 32), 24)
     assert ltx.from_video_end(extend(short)).overlap_frames == 9
     assert frames_of(model, extend(short)).shape[0] == 8
@@ -220,7 +220,7 @@ def test_a_reference_video_is_half_kept(model: Ltx, footage: Path):
     assert not np.array_equal(frames_of(model, reference(footage)), frames_of(model, text()))
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_reference_video_is_half_kept(model: Ltx, footage: Path):
         (extend(Path("a.mp4"), num_frames=9), "multiple of 8"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_before_anything_is_loaded(model: Ltx, residency, params, words: str):
+def test_invalid_input_is_refused_before_anything_is_loaded(model: Ltx, residency, params, words: str):
     with pytest.raises(InvalidInput, match=words):
         model.generate(params, ignore)
     assert residency.resident() == ()
@@ -253,29 +253,29 @@ def test_an_index_that_names_another_class_is_refused(folder: Path, tmp_path: Pa
         ltx.build(type(weights)("ltx", "ltx", tmp_path, weights.components), Residency("cpu"))
 
 
-def test_progress_is_told_by_phase(model: Ltx):
-    told: Steps = []
-    model.generate(text(), lambda *step: told.append(step))
+def test_progress_is_reported_by_phase(model: Ltx):
+    steps_reported: Steps = []
+    model.generate(text(), lambda *step: steps_reported.append(step))
     denoise = [("denoise", n, 3) for n in (1, 2, 3)]
-    assert told == [("encode", 0, 1), ("encode", 1, 1), *denoise, ("decode", 0, 1), ("decode", 1, 1)]
+    assert steps_reported == [("encode", 0, 1), ("encode", 1, 1), *denoise, ("decode", 0, 1), ("decode", 1, 1)]
 
 
 @pytest.mark.parametrize("last", range(7))
-def test_a_job_may_be_cancelled_at_every_step_and_the_next_is_not_touched(model: Ltx, last: int):
-    expected, told = frames_of(model, text()), []
+def test_a_job_can_be_cancelled_at_every_step_without_affecting_the_next(model: Ltx, last: int):
+    expected, steps_reported = frames_of(model, text()), []
 
     def cancel(*step: object) -> None:
-        told.append(step)
-        if len(told) > last:
+        steps_reported.append(step)
+        if len(steps_reported) > last:
             raise JobCancelled
 
     with pytest.raises(JobCancelled):
         model.generate(text(prompt="a cat"), cancel)
-    assert len(told) == last + 1
+    assert len(steps_reported) == last + 1
     assert np.array_equal(frames_of(model, text()), expected)
 
 
-def test_a_clip_of_nan_is_an_error(folder: Path):
+def test_nan_frames_are_an_error(folder: Path):
     residency = Residency("cpu")
     weights = video_weights_of(folder)
     residency.acquire(weights.component("transformer"), load_component).proj_out.bias.fill_(float("nan"))
@@ -283,7 +283,7 @@ def test_a_clip_of_nan_is_an_error(folder: Path):
         ltx.build(weights, residency).generate(text(), ignore)
 
 
-def test_nothing_is_asked_of_the_network(model: Ltx, monkeypatch: pytest.MonkeyPatch):
+def test_the_network_is_not_used(model: Ltx, monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: object) -> None:
         pytest.fail("a socket was opened")
 
@@ -291,16 +291,16 @@ def test_nothing_is_asked_of_the_network(model: Ltx, monkeypatch: pytest.MonkeyP
     model.generate(text(), ignore)
 
 
-# Ways to run it
+# Execution modes
 
 
 @pytest.mark.parametrize(
-    "way", [ExecutionMode("staged"), ExecutionMode("streamed"), ExecutionMode("staged", tiled=True)]
+    "mode", [ExecutionMode("staged"), ExecutionMode("streamed"), ExecutionMode("staged", tiled=True)]
 )
-def test_another_way_makes_the_same_clip(
-    model: Ltx, folder: Path, residency: Residency, way: ExecutionMode, footage: Path
+def test_every_execution_mode_makes_the_same_clip(
+    model: Ltx, folder: Path, residency: Residency, mode: ExecutionMode, footage: Path
 ):
-    """In tiles too, as long as the frame fits in one tile; and nothing of the way is left in the VAE."""
+    """Also with tiling, if the frame fits in one tile. The VAE's settings are restored afterwards."""
     expected = frames_of(model, extend(footage))
     residency.clear()
     keys = {part.name: part.key for part in video_weights_of(folder).components}
@@ -309,8 +309,8 @@ def test_another_way_makes_the_same_clip(
         ("denoise", (keys["transformer"], keys["vae"])),
         ("decode", (keys["vae"],)),
     )
-    kept = ((keys["transformer"], 0),) if way.tier == "streamed" else ()
-    residency.begin_run(ExecutionMode(way.tier, way.tiled, phases, kept))
+    kept = ((keys["transformer"], 0),) if mode.tier == "streamed" else ()
+    residency.begin_run(ExecutionMode(mode.tier, mode.tiled, phases, kept))
     clip = model.generate(extend(footage), lambda phase, step, steps: residency.enter_phase(phase))
     assert np.array_equal(clip.frames, expected)
     assert [key for key, _ in residency.resident()] == [keys["vae"]]

@@ -1,4 +1,4 @@
-"""GGUF and nf4: bytes as foreseen, pictures the same in every tier and near the plain one, bad files refused."""
+"""GGUF and nf4: bytes as computed, pictures equal in every tier and close to the plain one, bad files refused."""
 
 import struct
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def weights_of(shelf: tuple[Catalog, Installed], name: str) -> Weights:
 
 
 def all_bytes(module: torch.nn.Module) -> int:
-    """Of parameters and buffers that come from files, each piece of memory once."""
+    """Bytes of parameters and buffers that come from files; shared memory counts once."""
     tensors = [*module.parameters()] + [
         each for name, each in module.named_buffers() if name.endswith(("absmax", "code"))
     ]
@@ -94,9 +94,7 @@ def all_bytes(module: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", ["flux-q8", "flux-q5", "flux-nf4", "wan-q8", "wan-nf4"])
-def test_the_bytes_foreseen_from_the_headers_are_those_of_the_loaded_tensors(
-    shelf: tuple[Catalog, Installed], name: str
-):
+def test_bytes_computed_from_headers_are_those_of_the_loaded_tensors(shelf: tuple[Catalog, Installed], name: str):
     component = weights_of(shelf, name).component("transformer")
     plain = weights_of(shelf, name.partition("-")[0]).component("transformer")
     assert component.key != plain.key
@@ -104,16 +102,16 @@ def test_the_bytes_foreseen_from_the_headers_are_those_of_the_loaded_tensors(
     assert component.weights_bytes == all_bytes(module) < plain.weights_bytes
     layout = PackedModule.of(module).layout
     assert len(component.block_bytes) == len(layout.blocks) > 1
-    foreseen = sorted(component.block_bytes)
-    for size, block in zip(foreseen, sorted(layout.blocks, key=lambda each: each.size_bytes), strict=True):
+    computed = sorted(component.block_bytes)
+    for size, block in zip(computed, sorted(layout.blocks, key=lambda each: each.size_bytes), strict=True):
         assert 0 <= block.size_bytes - size < ALIGNMENT_BYTES * len(block.slots)
     slack = ALIGNMENT_BYTES * len(layout.slots) + BLOCK_ALIGNMENT_BYTES * len(layout.blocks)
     unsaved = sum(each.nbytes for each in module.buffers())
     assert 0 <= layout.total_bytes - component.weights_bytes <= slack + unsaved
 
 
-def picture(weights: Weights, way: Any = "resident", copies: bool = True) -> np.ndarray:
-    """Of a run; with copies, it is run twice, all evicted in between."""
+def picture(weights: Weights, tier: Any = "resident", copies: bool = True) -> np.ndarray:
+    """The picture of a run. With copies, it runs twice, with everything evicted in between."""
     residency = Residency("cpu", copies_to_device=copies)
     transformer, clip, t5, vae = (
         weights.component(name).key for name in ("transformer", "text_encoder", "text_encoder_2", "vae")
@@ -124,7 +122,7 @@ def picture(weights: Weights, way: Any = "resident", copies: bool = True) -> np.
     made = []
     for _ in range(1 + copies):
         residency.begin_run(
-            ExecutionMode(way, phases=phases, streamed_bytes=((transformer, 0),) if way == "streamed" else ())
+            ExecutionMode(tier, phases=phases, streamed_bytes=((transformer, 0),) if tier == "streamed" else ())
         )
         made.append(np.asarray(flux.generate(params, lambda phase, step, steps: residency.enter_phase(phase))))
         residency.evict_all()
@@ -137,15 +135,17 @@ def test_a_picture_is_the_same_in_every_tier_and_after_swaps_and_near_the_plain_
     shelf: tuple[Catalog, Installed], name: str
 ):
     expected = picture(weights_of(shelf, name), copies=False)
-    for way in ("resident", "staged", "streamed"):
-        assert (picture(weights_of(shelf, name), way) == expected).all(), way
+    for tier in ("resident", "staged", "streamed"):
+        assert (picture(weights_of(shelf, name), tier) == expected).all(), tier
     plain = picture(weights_of(shelf, "flux"), copies=False)
     off = np.abs(expected.astype(int) - plain).mean()
     assert 0 < off < {"flux-q8": 2, "flux-q5": 6, "flux-nf4": 16}[name], off
 
 
 @pytest.mark.parametrize(("name", "worst"), [("flux-q8", 0.01), ("flux-q5", 0.04), ("flux-nf4", 0.1), ("wan-nf4", 0.1)])
-def test_a_matrix_is_the_plain_one_within_the_formats_error(shelf: tuple[Catalog, Installed], name: str, worst: float):
+def test_a_matrix_equals_the_plain_one_within_the_error_of_the_format(
+    shelf: tuple[Catalog, Installed], name: str, worst: float
+):
     """Mean error over mean size: a half step of 8, 5 and 4 bits."""
     module = load_component(weights_of(shelf, name).component("transformer"))
     plain = load_component(weights_of(shelf, name.partition("-")[0]).component("transformer"))
@@ -173,7 +173,7 @@ def test_quantised_weights_are_a_table_beside_the_plain_ones(shelf: tuple[Catalo
         assert shared == {"text_encoder", "text_encoder_2", "vae"}, name
 
 
-def test_a_gguf_model_is_here_when_its_base_is_too(shelf: tuple[Catalog, Installed], tmp_path: Path):
+def test_a_gguf_model_is_installed_only_together_with_its_base(shelf: tuple[Catalog, Installed], tmp_path: Path):
     catalog, _ = shelf
     here = Installed(tmp_path)
     pull(catalog.models["flux-q8"], tmp_path)
@@ -184,8 +184,8 @@ def test_a_gguf_model_is_here_when_its_base_is_too(shelf: tuple[Catalog, Install
 
 def test_pulling_it_pulls_its_base(shelf: tuple[Catalog, Installed], tmp_path: Path):
     toml = shelf[1].root.parent / "weights.toml"
-    told = CliRunner().invoke(app, ["pull", "flux-q8", "--data", str(tmp_path), "--weights-toml", str(toml)])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(app, ["pull", "flux-q8", "--data", str(tmp_path), "--weights-toml", str(toml)])
+    assert result.exit_code == 0, result.output
     assert set(Lock.read(tmp_path / "weights").models) == {"flux", "flux-q8"}
     assert Installed(tmp_path / "weights").status(shelf[0].models["flux-q8"]) == "installed"
 
@@ -231,7 +231,7 @@ def test_a_gguf_file_is_taken_only_where_it_is_named():
         ),
     ],
 )
-def test_a_table_that_cannot_be_meant_is_refused(tmp_path: Path, more: str, says: str):
+def test_an_inconsistent_table_is_refused(tmp_path: Path, more: str, says: str):
     (tmp_path / "weights.toml").write_text(table("flux", tmp_path) + table("x", tmp_path, more))
     with pytest.raises(CatalogError, match=says):
         load_catalog(tmp_path / "weights.toml")

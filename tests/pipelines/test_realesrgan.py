@@ -58,7 +58,7 @@ def networks(files: dict[str, Path]) -> dict[str, Network]:
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a small picture is many tiles."""
+    """Small windows, so that a small picture has many tiles."""
     monkeypatch.setattr(realesrgan, "WINDOW", {"cpu": 280})
 
 
@@ -140,13 +140,13 @@ def test_tiles_leave_no_seam(
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_twice_by_a_network_of_four_is_its_mean_over_two_by_two_pixels(networks: dict[str, Network]) -> None:
+def test_scale_2_of_a_network_of_scale_4_is_the_mean_of_two_by_two_pixels(networks: dict[str, Network]) -> None:
     whole = untiled(networks["compact-4x"], CORNER)
     mean = whole.reshape(CORNER.height * 2, 2, CORNER.width * 2, 2, 3).mean((1, 3))
     assert np.abs(run(networks["compact-4x"], CORNER, 2) - mean).max() <= 1
 
 
-def test_context_is_the_reach_of_a_shallow_network_and_bounded_for_a_deep_one(networks: dict[str, Network]) -> None:
+def test_context_is_the_receptive_field_with_an_upper_limit(networks: dict[str, Network]) -> None:
     assert networks["compact-4x"].context == 5
     assert load_file(starter("realesr-animevideov3")).context == 18
     assert load_file(starter("realesrgan-x4plus")).context == realesrgan.CONTEXT // 4
@@ -167,16 +167,14 @@ def test_a_real_photo_has_no_seam_and_keeps_its_content() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (1, 200), (200, 2)])
 @pytest.mark.parametrize("name", ["rrdb-4x", "rrdb-2x-unshuffle", "compact-4x"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_any_size_comes_out_twice_as_large(
-    networks: dict[str, Network], name: str, size: tuple[int, int], mode: str
-) -> None:
+def test_any_size_is_doubled(networks: dict[str, Network], name: str, size: tuple[int, int], mode: str) -> None:
     image = CHELSEA.resize(size).convert(mode)
     enlarged = upscale(networks[name], image, 2, lambda *step: None)
     assert (enlarged.size, enlarged.mode) == ((size[0] * 2, size[1] * 2), mode)
 
 
 @pytest.mark.parametrize("name", ["compact-2x", "rrdb-2x-unshuffle"])
-def test_a_network_of_two_cannot_enlarge_four_times(networks: dict[str, Network], name: str) -> None:
+def test_a_network_of_scale_2_cannot_enlarge_four_times(networks: dict[str, Network], name: str) -> None:
     with pytest.raises(InvalidInput, match="enlarges 2 times; it cannot enlarge 4 times"):
         run(networks[name], CORNER, 4)
 
@@ -190,7 +188,7 @@ def test_opaque_alpha_stays_and_changes_no_colour(networks: dict[str, Network]) 
     assert (enlarged[..., :3] == run(networks["compact-4x"], CORNER, 4)).all()
 
 
-def test_what_is_opaque_or_empty_stays_exactly_so() -> None:
+def test_opaque_and_empty_areas_stay_exactly_so() -> None:
     alpha = disc(CORNER, 25)
     enlarged = run(load_file(starter("realesr-animevideov3")), with_alpha(CORNER, alpha), 4)[..., 3]
     inside, outside = disc(CORNER, 22) == 255, disc(CORNER, 28) == 0
@@ -214,7 +212,7 @@ def test_an_empty_picture_stays_empty(networks: dict[str, Network]) -> None:
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_each_tile_is_a_step_and_a_job_may_stop_at_any(networks: dict[str, Network]) -> None:
+def test_each_tile_is_a_step_at_which_a_job_can_be_cancelled(networks: dict[str, Network]) -> None:
     steps = steps_of(networks["compact-4x"], CORNER, 4)
     assert steps == [("upscale", number, len(steps)) for number in range(1, len(steps) + 1)]
 
@@ -240,7 +238,7 @@ def test_a_run_from_file_to_picture_loads_the_network_once(
     assert len(loaded) == 1
 
 
-def test_a_picture_of_nan_is_refused(networks: dict[str, Network]) -> None:
+def test_nan_pixels_are_an_error(networks: dict[str, Network]) -> None:
     with pytest.raises(InvalidOutput):
         realesrgan.to_image(torch.full((1, 3, 2, 2), torch.nan))
 
@@ -255,7 +253,7 @@ def test_weights_of_another_kind_are_refused(tensors: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"x" * 1000])
-def test_a_file_that_is_no_safetensors_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_safetensors_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(UnusableWeights, match=r"bad\.safetensors"):
         load_file(tmp_path / "bad.safetensors")

@@ -1,4 +1,4 @@
-"""rembg: the same cut-out as rembg's own, from a file that is here, by one session that stays open."""
+"""Background removal: the output of rembg itself, from a local file, with one session per model."""
 
 from pathlib import Path
 
@@ -35,9 +35,7 @@ def cut_out(pipeline: Rembg, image: Image.Image, folder: Path) -> Image.Image:
     return pipeline.generate(RemoveBackground(image=folder / "picture.png"), lambda *step: None)
 
 
-def test_the_cutout_is_the_one_that_rembg_makes(
-    pipeline: Rembg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cutout_equals_rembgs(pipeline: Rembg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("U2NET_HOME", str(starter("u2netp").parent))
     own = rembg.remove(ASTRONAUT, session=rembg.new_session("u2netp", providers=["CPUExecutionProvider"]))
     cutout = cut_out(pipeline, ASTRONAUT, tmp_path)
@@ -61,19 +59,19 @@ def test_alpha_of_the_input_is_kept(pipeline: Rembg, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (1, 300), (700, 2)])
-def test_any_size_comes_out_as_it_went_in(pipeline: Rembg, size: tuple[int, int], tmp_path: Path) -> None:
+def test_the_size_is_kept(pipeline: Rembg, size: tuple[int, int], tmp_path: Path) -> None:
     cutout = cut_out(pipeline, ASTRONAUT.resize(size), tmp_path)
     assert (cutout.mode, cutout.size) == ("RGBA", size)
 
 
-def test_before_and_after_are_steps(pipeline: Rembg, tmp_path: Path) -> None:
+def test_the_start_and_end_are_reported_as_steps(pipeline: Rembg, tmp_path: Path) -> None:
     ASTRONAUT.save(tmp_path / "picture.png")
     steps: list[tuple[str, int, int]] = []
     pipeline.generate(RemoveBackground(image=tmp_path / "picture.png"), lambda *step: steps.append(step))
     assert steps == [("remove-bg", 0, 1), ("remove-bg", 1, 1)]
 
 
-def test_a_file_that_is_no_picture_is_the_callers_fault(pipeline: Rembg, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_picture_is_an_error_of_the_caller(pipeline: Rembg, tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_text("no picture")
     with pytest.raises(InvalidInput):
         pipeline.generate(RemoveBackground(image=tmp_path / "picture.png"), lambda *step: None)
@@ -113,14 +111,14 @@ def test_nothing_is_downloaded_or_written_to_the_home_folder(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_are_as_many_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert family.session_options().intra_op_num_threads == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert family.session_options().intra_op_num_threads == 0
 
 
-def test_a_model_that_rembg_does_not_know_is_refused() -> None:
+def test_a_model_that_rembg_does_not_have_is_refused() -> None:
     with pytest.raises(UnusableWeights, match=r"has no model u3net; it has .*u2netp"):
         open_session("u3net", starter("u2netp"), CPU)
 

@@ -84,7 +84,7 @@ def opened(path: Path) -> Image.Image:
         return found.convert("RGB")
 
 
-# What comes out
+# Output
 
 
 @pytest.mark.parametrize(("width", "height", "count"), [(64, 48, 9), (48, 64, 1), (32, 16, 13)])
@@ -94,7 +94,7 @@ def test_the_clip_has_exactly_the_size_and_frames_asked_for(build, width: int, h
     assert (clip.fps, clip.after) == (16, None)
 
 
-def test_a_seed_is_a_clip_whatever_ran_or_was_evicted_in_between(build, residency: Residency, picture: Path):
+def test_a_seed_gives_the_same_clip_after_other_runs_and_evictions(build, residency: Residency, picture: Path):
     first = build("t2v").generate(text(), ignore).frames
     build("i2v").generate(image(picture, seed=1), ignore)
     assert np.array_equal(build("t2v").generate(text(), ignore).frames, first)
@@ -119,24 +119,24 @@ def test_each_parameter_changes_the_clip(build, change: dict[str, Any]):
     assert not np.array_equal(t2v.generate(text(**change), ignore).frames, t2v.generate(text(), ignore).frames)
 
 
-# The same clips as diffusers makes by itself
+# Equality with diffusers
 
 
-def test_text_to_video_is_diffusers_own(build, root: Path):
+def test_text_to_video_equals_diffusers(build, root: Path):
     assert np.array_equal(build("t2v").generate(text(), ignore).frames, own(WanPipeline, root / "t2v"))
 
 
-def test_image_to_video_is_diffusers_own(build, root: Path, picture: Path):
+def test_image_to_video_equals_diffusers(build, root: Path, picture: Path):
     theirs = own(WanImageToVideoPipeline, root / "i2v", image=opened(picture))
     assert np.array_equal(build("i2v").generate(image(picture), ignore).frames, theirs)
 
 
-def test_first_and_last_frame_are_diffusers_own(build, root: Path, picture: Path):
+def test_first_and_last_frame_equal_diffusers(build, root: Path, picture: Path):
     theirs = own(WanImageToVideoPipeline, root / "flf2v", image=opened(picture), last_image=opened(picture))
     assert np.array_equal(build("flf2v").generate(image(picture, picture), ignore).frames, theirs)
 
 
-def test_references_are_diffusers_own(build, root: Path, picture: Path):
+def test_references_equal_diffusers(build, root: Path, picture: Path):
     theirs = own(WanVACEPipeline, root / "vace", reference_images=[opened(picture), opened(picture)])
     assert np.array_equal(build("vace").generate(reference(picture, picture), ignore).frames, theirs)
 
@@ -157,13 +157,13 @@ def test_large_clips_have_another_noise_schedule(build, monkeypatch: pytest.Monk
 
 
 def own(pipeline: Any, folder: Path, **inputs: Any) -> np.ndarray:
-    """What the pipeline makes in one call, everything loaded by it, the VAE in float32."""
+    """The output of one call of diffusers' pipeline, which loads everything itself, with the VAE in float32."""
     vae = load_component(video_weights_of(folder).component("vae"))
     pipe = pipeline.from_pretrained(folder, vae=vae, dtype=torch.bfloat16, local_files_only=True)
     if "image" in inputs:
         pipe.image_encoder = load_component(video_weights_of(folder).component("image_encoder"))
     pipe.set_progress_bar_config(disable=True)
-    # Encoded by WanPipeline: the others' own `encode_prompt` needs a package, ftfy, that mends broken Unicode.
+    # Encoded by WanPipeline: the others' own `encode_prompt` needs a package, ftfy, that repairs broken Unicode.
     encoder = WanPipeline(pipe.tokenizer, pipe.text_encoder, vae, pipe.scheduler, transformer=pipe.transformer)
     with torch.inference_mode():
         embeds, negative = encoder.encode_prompt(BASICS["prompt"], BASICS["negative_prompt"], max_sequence_length=512)
@@ -174,11 +174,11 @@ def own(pipeline: Any, folder: Path, **inputs: Any) -> np.ndarray:
     return (frames * 255).round().astype(np.uint8)
 
 
-# What goes in
+# Input
 
 
 @pytest.mark.parametrize(("limit", "tokens"), [(10**30, 512), (512, 512), (24, 24)])
-def test_prompts_are_filled_up_to_512_tokens_or_to_fewer_that_the_tokenizer_takes(
+def test_prompts_are_padded_to_512_tokens_or_the_tokenizers_lower_limit(
     root: Path, tmp_path: Path, residency: Residency, limit: int, tokens: int
 ):
     folder = shutil.copytree(root / "t2v", tmp_path / "t2v")
@@ -192,14 +192,14 @@ def test_prompts_are_filled_up_to_512_tokens_or_to_fewer_that_the_tokenizer_take
 
 
 def tokens_seen(encoder: torch.nn.Module) -> list[tuple[int, int]]:
-    """Filled with the shape of each input from now on."""
+    """A list to which the shape of each later input is added."""
     seen: list[tuple[int, int]] = []
     encoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
     return seen
 
 
 def test_extending_from_the_last_frame_alone(build, footage: Path):
-    """Eight frames are asked for and nine are made: the first is the video's last, and is left out."""
+    """Eight frames are requested and nine are made: the first one is the last of the video, and is left out."""
     clip = build("i2v").generate(extend(footage), ignore)
     assert (clip.frames.shape[0], clip.after) == (8, footage)
     start = wan.from_video_end(extend(footage))
@@ -208,7 +208,7 @@ def test_extending_from_the_last_frame_alone(build, footage: Path):
 
 
 @pytest.mark.parametrize(("added", "seen"), [(8, 17), (64, 17), (68, 13), (80, 1), (120, 1)])
-def test_vace_sees_as_many_of_the_last_frames_as_leave_the_trained_length(footage: Path, added: int, seen: int):
+def test_vace_is_conditioned_on_the_last_frames_within_the_trained_length(footage: Path, added: int, seen: int):
     start = wan.vace_from_end(extend(footage, num_frames=added))
     assert (start.overlap_frames, start.frames) == (seen, seen + added)
     assert len(start.inputs["video"]) == len(start.inputs["mask"]) == seen + added
@@ -244,7 +244,7 @@ def test_a_picture_covers_the_clip(picture: Path):
     assert start.inputs["image"].size == (96, 32)
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_picture_covers_the_clip(picture: Path):
         ("i2v", extend(Path("a.mp4"), num_frames=9), "multiple of 4"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_before_anything_is_loaded(build, residency, kind, params, words: str):
+def test_invalid_input_is_refused_before_anything_is_loaded(build, residency, kind, params, words: str):
     with pytest.raises(InvalidInput, match=words):
         build(kind).generate(params, ignore)
     assert residency.resident() == ()
@@ -274,7 +274,7 @@ def test_files_that_cannot_be_read_are_refused(build, tmp_path: Path, params: An
 
 
 @pytest.mark.parametrize(("kind", "params"), [("t2v", image(Path("a.png"))), ("i2v", text())])
-def test_a_workflow_that_the_weights_do_not_do_is_the_operators_mistake(build, kind: str, params: Any):
+def test_a_workflow_that_the_weights_do_not_support_is_an_error_of_the_operator(build, kind: str, params: Any):
     with pytest.raises(UnusableWeights, match="cannot run"):
         build(kind).generate(params, ignore)
 
@@ -290,30 +290,30 @@ def test_an_index_that_names_another_class_is_refused(root: Path, tmp_path: Path
         wan.build(weights, Residency("cpu"))
 
 
-def test_progress_is_told_by_phase(build):
-    told: Steps = []
-    build("t2v").generate(text(), lambda *step: told.append(step))
+def test_progress_is_reported_by_phase(build):
+    steps_reported: Steps = []
+    build("t2v").generate(text(), lambda *step: steps_reported.append(step))
     denoise = [("denoise", 1, 2), ("denoise", 2, 2)]
-    assert told == [("encode", 0, 1), ("encode", 1, 1), *denoise, ("decode", 0, 1), ("decode", 1, 1)]
+    assert steps_reported == [("encode", 0, 1), ("encode", 1, 1), *denoise, ("decode", 0, 1), ("decode", 1, 1)]
 
 
 @pytest.mark.parametrize("last", range(6))
-def test_a_job_may_be_cancelled_at_every_step_and_the_next_is_not_touched(build, last: int):
-    model, told = build("t2v"), []
+def test_a_job_can_be_cancelled_at_every_step_without_affecting_the_next(build, last: int):
+    model, steps_reported = build("t2v"), []
     expected = model.generate(text(num_frames=5), ignore).frames
 
     def cancel(*step: object) -> None:
-        told.append(step)
-        if len(told) > last:
+        steps_reported.append(step)
+        if len(steps_reported) > last:
             raise JobCancelled
 
     with pytest.raises(JobCancelled):
         model.generate(text(prompt="a cat", num_frames=5), cancel)
-    assert len(told) == last + 1
+    assert len(steps_reported) == last + 1
     assert np.array_equal(model.generate(text(num_frames=5), ignore).frames, expected)
 
 
-def test_a_clip_of_nan_is_an_error(root: Path):
+def test_nan_frames_are_an_error(root: Path):
     residency = Residency("cpu")
     weights = video_weights_of(root / "t2v")
     residency.acquire(weights.component("transformer"), load_component).proj_out.bias.fill_(float("nan"))
@@ -346,7 +346,7 @@ def test_the_vae_is_in_float32_and_the_transformer_in_bfloat16(build, root: Path
     assert transformer.patch_embedding.weight.dtype == torch.bfloat16
 
 
-def test_nothing_is_asked_of_the_network(build, monkeypatch: pytest.MonkeyPatch):
+def test_the_network_is_not_used(build, monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: object) -> None:
         pytest.fail("a socket was opened")
 
@@ -354,15 +354,17 @@ def test_nothing_is_asked_of_the_network(build, monkeypatch: pytest.MonkeyPatch)
     build("t2v").generate(text(), ignore)
 
 
-# Ways to run it
+# Execution modes
 
 
 @pytest.mark.parametrize(
-    "way", [ExecutionMode("staged"), ExecutionMode("streamed"), ExecutionMode("staged", tiled=True)]
+    "mode", [ExecutionMode("staged"), ExecutionMode("streamed"), ExecutionMode("staged", tiled=True)]
 )
 @pytest.mark.parametrize("kind", ["t2v", "vace"])
-def test_another_way_makes_the_same_clip(build, root: Path, residency: Residency, kind: str, way: ExecutionMode):
-    """In tiles too, as long as the frame fits in one tile; and nothing of the way is left in the VAE."""
+def test_every_execution_mode_makes_the_same_clip(
+    build, root: Path, residency: Residency, kind: str, mode: ExecutionMode
+):
+    """Also with tiling, if the frame fits in one tile. The VAE's settings are restored afterwards."""
     expected = build(kind).generate(text(), ignore).frames
     residency.clear()
     keys = {part.name: part.key for part in video_weights_of(root / kind).components}
@@ -371,8 +373,8 @@ def test_another_way_makes_the_same_clip(build, root: Path, residency: Residency
         ("denoise", (keys["transformer"], keys["vae"])),
         ("decode", (keys["vae"],)),
     )
-    kept = ((keys["transformer"], 0),) if way.tier == "streamed" else ()
-    residency.begin_run(ExecutionMode(way.tier, way.tiled, phases, kept))
+    kept = ((keys["transformer"], 0),) if mode.tier == "streamed" else ()
+    residency.begin_run(ExecutionMode(mode.tier, mode.tiled, phases, kept))
     clip = build(kind).generate(text(), lambda phase, step, steps: residency.enter_phase(phase))
     assert np.array_equal(clip.frames, expected)
     assert [key for key, _ in residency.resident()] == [keys["vae"]]

@@ -10,7 +10,7 @@ import pytest
 
 from server.errors import PlantainError
 from server.files.fetch import Resolve
-from server.files.inputs import ImageInputs, StoredImage
+from server.files.inputs import IMAGE, InputFiles, StoredImage
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.1/32"),)  # and no other of 127.0.0.0/8
 
@@ -68,14 +68,14 @@ def resolver(*answers: list[str]) -> Resolve:
     return resolve
 
 
-async def refused(media: ImageInputs, url: str, error: type[PlantainError], match: str | None = None) -> None:
+async def refused(media: InputFiles, url: str, error: type[PlantainError], match: str | None = None) -> None:
     with pytest.raises(error, match=match) as raised:
-        await media.image(url, ["http://plantain.example"])
+        await media.from_url(IMAGE, url, ["http://plantain.example"])
     assert 400 <= raised.value.status < 500
     assert list(media.files.root.iterdir()) == [], "something was left behind"
 
 
-def is_stored(media: ImageInputs, image: StoredImage, content: bytes) -> bool:
+def is_stored(media: InputFiles, image: StoredImage, content: bytes) -> bool:
     return [path.name for path in media.files.root.iterdir()] == [image.name] and (
         media.files.path(image.name).read_bytes() == content
     )

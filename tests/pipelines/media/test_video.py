@@ -275,12 +275,12 @@ def test_reading_a_long_video_takes_little_memory(tmp_path: Path):
 import resource
 from pathlib import Path
 import numpy as np
-from pipelines.clips import Clip
-from pipelines.video import last_frames
+from pipelines.media.video_writer import VideoOutput
+from pipelines.media.video import last_frames
 path = Path({str(path)!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 frames = last_frames(path, (160, 120), 17, 16)
-Clip(np.stack(frames), 16, after=path).save(path.with_name("out.mp4"), lambda *step: None)
+VideoOutput(np.stack(frames), 16, after=path).save(path.with_name("out.mp4"), lambda *step: None)
 print(len(frames), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

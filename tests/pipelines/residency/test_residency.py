@@ -1,4 +1,4 @@
-"""Weights in one buffer: on the host, on the device, gone, and back, always the same bits."""
+"""Packed weights on the host, on the device, evicted and loaded again: outputs are always the same bits."""
 
 import random
 import weakref
@@ -18,7 +18,7 @@ X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
 
 class Mixed(nn.Module):
-    """Tied weights, a view of another's memory, four dtypes, buffers kept and not kept in files, odd sizes."""
+    """Tied weights, a view of another's memory, four dtypes, persistent and other buffers, odd sizes."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ MIXED_BYTES = 64 + 64 + 64 + 64 + 64
 
 
 class Loads:
-    """A loader that counts."""
+    """A loader that records the keys that it loaded."""
 
     def __init__(self, make: Callable[[], object] = Mixed) -> None:
         self.make = make
@@ -66,7 +66,7 @@ def residency(request: pytest.FixtureRequest) -> Residency:
     return Residency("cpu", copies_to_device=request.param)
 
 
-def test_a_key_is_loaded_once_and_the_same_object_is_held(residency: Residency):
+def test_a_key_is_loaded_once_and_the_same_object_is_returned(residency: Residency):
     loads = Loads()
     assert residency.acquire(component(), loads) is residency.acquire(component(), loads)
     assert loads.keys == ["k"]
@@ -118,7 +118,7 @@ def test_evicting_keeps_the_module_and_its_host_copy():
     assert loads.keys == ["k"]
 
 
-def test_where_the_host_is_the_device_evicting_drops_the_weights_and_holding_loads_again():
+def test_on_a_cpu_evicting_drops_the_weights_and_acquiring_loads_them_again():
     residency, loads = Residency("cpu"), Loads()
     module = residency.acquire(component(), loads)
     residency.evict("k")
@@ -127,7 +127,7 @@ def test_where_the_host_is_the_device_evicting_drops_the_weights_and_holding_loa
     assert loads.keys == ["k", "k"]
 
 
-def test_the_memory_of_an_evicted_module_goes_back_to_the_system():
+def test_the_memory_of_an_evicted_module_returns_to_the_system():
     residency, size_bytes = Residency("cpu"), 256 * 2**20
     before = psutil.Process().memory_info().rss
     module = residency.acquire(component(), Loads(lambda: large(size_bytes)))
@@ -136,7 +136,7 @@ def test_the_memory_of_an_evicted_module_goes_back_to_the_system():
     after = psutil.Process().memory_info().rss
     assert during - before > 0.95 * size_bytes
     assert after - before < 0.05 * size_bytes
-    assert module is not None  # even while somebody keeps the module
+    assert module is not None  # even while the module is referenced
 
 
 def test_packing_frees_each_tensor_that_it_has_copied():
@@ -152,13 +152,13 @@ def large(size_bytes: int) -> nn.Module:
     return module.requires_grad_(False)
 
 
-def test_an_evict_of_what_is_not_resident_changes_nothing(residency: Residency):
+def test_evicting_what_is_not_resident_changes_nothing(residency: Residency):
     residency.acquire(component(), Loads())
     residency.evict("other")
     assert residency.resident() == (("k", MIXED_BYTES),)
 
 
-def test_clear_gives_back_the_host_copies_too(residency: Residency):
+def test_clear_frees_the_host_copies_too(residency: Residency):
     loads = Loads()
     module = residency.acquire(component("a"), loads)
     residency.acquire(component("b"), loads)
@@ -170,7 +170,7 @@ def test_clear_gives_back_the_host_copies_too(residency: Residency):
     assert loads.keys == ["a", "b", "a"]
 
 
-def test_an_object_that_is_no_module_is_held_as_it_is_and_dropped(residency: Residency):
+def test_an_object_other_than_a_module_is_kept_as_it_is_and_dropped(residency: Residency):
     class Session:
         pass
 
@@ -183,7 +183,7 @@ def test_an_object_that_is_no_module_is_held_as_it_is_and_dropped(residency: Res
     assert loads.keys == ["k", "k"]
 
 
-def test_a_module_without_tensors_is_held(residency: Residency):
+def test_a_module_without_tensors_can_be_acquired(residency: Residency):
     residency.acquire(component(), Loads(nn.Identity))
     residency.evict("k")
     residency.acquire(component(), Loads(nn.Identity))
@@ -212,7 +212,7 @@ def test_a_device_without_room_leaves_the_host_copy(monkeypatch: pytest.MonkeyPa
     assert loads.keys == ["k"]
 
 
-def test_weights_first_held_in_inference_mode_move_like_others(residency: Residency):
+def test_weights_first_acquired_in_inference_mode_move_like_others(residency: Residency):
     with torch.inference_mode():
         residency.acquire(component(), Loads())
     residency.evict("k")

@@ -1,4 +1,4 @@
-"""Blocks through slots, phases that drop what they do not need, prompts kept: always the same bits."""
+"""Streamed blocks, phases that evict what they do not need, cached prompts: outputs are always the same bits."""
 
 import random
 from pathlib import Path
@@ -25,7 +25,7 @@ PHASES = ("encode", ("text_encoder", "text_encoder_2")), ("denoise", ("transform
 
 
 class Stack(nn.Module):
-    """Blocks of three sizes; the first and last share a weight, and all are run twice."""
+    """Blocks of three sizes. The first and the last share a weight, and all run twice."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def streams(key: str, kept_bytes: int) -> ExecutionMode:
     return ExecutionMode("streamed", phases=(("denoise", (key,)),), streamed_bytes=((key, kept_bytes),))
 
 
-def test_blocks_pass_evenly_and_no_more_stay_than_may():
+def test_streamed_blocks_are_evenly_spread_and_the_rest_stays_within_its_bytes():
     assert choose_streamed_blocks([10] * 6, 0) == [True] * 6
     assert choose_streamed_blocks([10] * 6, 60) == [False] * 6
     assert choose_streamed_blocks([10] * 6, 30) == [True, False, True, False, True, False]
@@ -61,7 +61,7 @@ def test_blocks_pass_evenly_and_no_more_stay_than_may():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_stays_is_never_more_than_what_may(seed: int):
+def test_blocks_that_stay_never_exceed_their_bytes(seed: int):
     chance = random.Random(seed)
     sizes = [chance.randrange(1, 100) for _ in range(chance.randrange(1, 40))]
     kept = chance.randrange(0, sum(sizes) + 10)
@@ -70,7 +70,7 @@ def test_what_stays_is_never_more_than_what_may(seed: int):
     assert stays >= kept - 2 * max(sizes) or stays == sum(sizes)
 
 
-def test_a_block_lies_together_and_a_weight_of_two_blocks_outside():
+def test_a_block_is_contiguous_and_a_weight_of_two_blocks_is_outside():
     layout = PackedModule.of(Stack()).layout
     assert [block.module for block in layout.blocks] == list(Stack().blocks) or len(layout.blocks) == 7
     for block in layout.blocks:
@@ -98,7 +98,7 @@ def test_blocks_may_run_in_any_order(order: tuple[int, ...]):
     assert torch.equal(module(X, order), Stack()(X, order))
 
 
-def test_streamed_bytes_are_those_outside_those_kept_and_two_slots():
+def test_streamed_bytes_are_those_outside_of_blocks_those_kept_and_two_buffers():
     residency = Residency("cpu", copies_to_device=True)
     residency.begin_run(streams("k", 0))
     module = residency.acquire(component(), lambda _: Stack())
@@ -111,7 +111,7 @@ def test_streamed_bytes_are_those_outside_those_kept_and_two_slots():
     assert not any(block._forward_pre_hooks for block in module.blocks)
 
 
-def test_a_block_that_raises_leaves_the_module_fit_for_the_next_run():
+def test_a_module_is_usable_after_a_block_raised():
     residency = Residency("cpu", copies_to_device=True)
     residency.begin_run(streams("k", 0))
     module = residency.acquire(component(), lambda _: Stack())
@@ -120,7 +120,7 @@ def test_a_block_that_raises_leaves_the_module_fit_for_the_next_run():
     assert torch.equal(module(X), Stack()(X))
 
 
-def test_outputs_are_the_same_bits_after_100_random_ways_and_swaps():
+def test_outputs_are_the_same_bits_after_100_random_modes_and_swaps():
     residency = Residency("cpu", copies_to_device=True)
     chance = random.Random(7)
     for _ in range(100):
@@ -146,7 +146,7 @@ CLIP = CLIPTextConfig(
 @pytest.mark.parametrize("kept_bytes", [0, 20_000])
 @pytest.mark.parametrize(("kind", "config"), [(T5EncoderModel, T5), (CLIPTextModel, CLIP)])
 @torch.inference_mode()
-def test_text_encoders_stream_too(kind: Any, config: Any, kept_bytes: int):
+def test_text_encoders_can_be_streamed(kind: Any, config: Any, kept_bytes: int):
     ids = torch.arange(12).reshape(1, 12)
     with torch.inference_mode(False):
         plain = tiny_flux.seeded(1, kind, config)
@@ -157,20 +157,20 @@ def test_text_encoders_stream_too(kind: Any, config: Any, kept_bytes: int):
     assert residency.component_statuses()[0].streamed
 
 
-@pytest.mark.parametrize("way", [ExecutionMode(), streams("k", 5000)], ids=["whole", "streamed"])
-def test_a_device_that_another_program_filled_leaves_right_books(monkeypatch: pytest.MonkeyPatch, way: ExecutionMode):
+@pytest.mark.parametrize("mode", [ExecutionMode(), streams("k", 5000)], ids=["whole", "streamed"])
+def test_residency_is_consistent_after_an_allocation_failed(monkeypatch: pytest.MonkeyPatch, mode: ExecutionMode):
     def no_room(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError
 
     residency = Residency("cpu", copies_to_device=True)
     module = Stack()
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        residency.begin_run(way)
+        residency.begin_run(mode)
         patch.setattr(torch, "empty_like", no_room)
         patch.setattr(torch, "empty", no_room)
         residency.acquire(component(), lambda _: module)
     assert residency.resident() == ()
-    assert [held.device_bytes for held in residency.component_statuses()] in ([], [0])
+    assert [status.device_bytes for status in residency.component_statuses()] in ([], [0])
     residency.begin_run(streams("k", 0))
     assert torch.equal(residency.acquire(component(), lambda _: Stack())(X), Stack()(X))
 
@@ -206,33 +206,33 @@ def a_flux(folder: Path, **options: Any) -> tuple[Flux, Residency]:
     return build(tiny_flux.weights_of(folder), residency), residency
 
 
-def way(folder: Path, tier: Any, tiled: bool = False) -> ExecutionMode:
+def mode_of(folder: Path, tier: Any, tiled: bool = False) -> ExecutionMode:
     weights = tiny_flux.weights_of(folder)
     phases = tuple((name, tuple(weights.component(each).key for each in names)) for name, names in PHASES)
     kept = ((weights.component("transformer").key, 0),) if tier == "streamed" else ()
     return ExecutionMode(tier, tiled, phases, kept)
 
 
-def names_held(residency: Residency) -> list[str]:
-    return [held.name for held in residency.component_statuses() if held.device_bytes]
+def resident_names(residency: Residency) -> list[str]:
+    return [status.name for status in residency.component_statuses() if status.device_bytes]
 
 
-def picture(flux: Flux, residency: Residency, in_way: ExecutionMode, prompt: str = "a red circle") -> bytes:
-    residency.begin_run(in_way)
+def picture(flux: Flux, residency: Residency, mode: ExecutionMode, prompt: str = "a red circle") -> bytes:
+    residency.begin_run(mode)
     params = TextToImage(prompt=prompt, width=64, height=64, seed=1, num_inference_steps=2, guidance_scale=3.5)
     return flux.generate(params, lambda phase, step, steps: residency.enter_phase(phase)).tobytes()
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["host is device", "host copies to device"])
-def test_every_tier_makes_the_same_picture_and_drops_what_its_phase_does_not_need(folder: Path, copies: bool):
+def test_every_tier_makes_the_same_picture_and_evicts_what_its_phase_does_not_need(folder: Path, copies: bool):
     flux, residency = a_flux(folder, copies_to_device=copies)
     expected = picture(flux, residency, ExecutionMode())
-    assert len(names_held(residency)) == 4
+    assert len(resident_names(residency)) == 4
     for _ in range(2):
         for tier in ("staged", "streamed"):
             residency.embeddings.clear()
-            assert picture(flux, residency, way(folder, tier)) == expected
-            assert names_held(residency) == ["vae"]
+            assert picture(flux, residency, mode_of(folder, tier)) == expected
+            assert resident_names(residency) == ["vae"]
     assert picture(flux, residency, ExecutionMode()) == expected
 
 
@@ -249,18 +249,18 @@ def test_pictures_are_the_same_bits_after_100_random_swaps(folder: Path, copies:
         residency.acquire(parts[chance.choice(keys)], load_component)
     for tier in ("resident", "staged", "streamed"):
         residency.embeddings.clear()
-        assert picture(flux, residency, way(folder, tier)) == expected
+        assert picture(flux, residency, mode_of(folder, tier)) == expected
 
 
-def test_a_phase_of_the_staged_tier_holds_its_own_components_alone(folder: Path):
+def test_a_phase_of_the_staged_tier_has_only_its_own_components(folder: Path):
     flux, residency = a_flux(folder, copies_to_device=True)
     seen: dict[str, set[str]] = {}
 
     def look(phase: str, step: int, steps: int) -> None:
         residency.enter_phase(phase)
-        seen.setdefault(phase, set()).update(names_held(residency) if step else [])
+        seen.setdefault(phase, set()).update(resident_names(residency) if step else [])
 
-    residency.begin_run(way(folder, "staged"))
+    residency.begin_run(mode_of(folder, "staged"))
     params = TextToImage(prompt="a cat", width=64, height=64, seed=1, num_inference_steps=2, guidance_scale=3.5)
     flux.generate(params, look)
     assert seen == {"encode": {"text_encoder", "text_encoder_2"}, "denoise": {"transformer"}, "decode": {"vae"}}
@@ -269,7 +269,7 @@ def test_a_phase_of_the_staged_tier_holds_its_own_components_alone(folder: Path)
 def test_a_tiled_decode_makes_nearly_the_same_picture_and_leaves_the_vae_as_it_was(folder: Path):
     flux, residency = a_flux(folder)
     whole = picture(flux, residency, ExecutionMode())
-    tiled = picture(flux, residency, way(folder, "resident", tiled=True))
+    tiled = picture(flux, residency, mode_of(folder, "resident", tiled=True))
     assert len(tiled) == len(whole)
     assert picture(flux, residency, ExecutionMode()) == whole
 
@@ -279,9 +279,9 @@ def test_a_repeated_prompt_needs_no_text_encoder(folder: Path):
     first = picture(flux, residency, ExecutionMode())
     residency.clear()
     assert picture(flux, residency, ExecutionMode()) == first
-    assert names_held(residency) == ["transformer", "vae"]
+    assert resident_names(residency) == ["transformer", "vae"]
     assert picture(flux, residency, ExecutionMode(), "a blue square") != first
-    assert "text_encoder_2" in names_held(residency)
+    assert "text_encoder_2" in resident_names(residency)
 
 
 def test_embeddings_stay_within_their_budget_the_least_recently_used_go():
@@ -309,7 +309,7 @@ def test_a_phase_is_measured_and_its_weights_are_not_counted(folder: Path):
     assert all(0 <= peak.working_bytes < 2**30 for peak in phases)
 
 
-def test_a_phase_that_takes_much_is_seen_to():
+def test_the_peak_of_a_phase_is_measured():
     residency = Residency("cpu")
     residency.begin_run(ExecutionMode())
     residency.enter_phase("denoise")
@@ -321,7 +321,7 @@ def test_a_phase_that_takes_much_is_seen_to():
 
 
 @pytest.mark.parametrize("tier", ["staged", "streamed"])
-def test_weights_that_come_and_go_are_not_working_memory(tier: Any):
+def test_weights_that_are_loaded_and_evicted_are_not_working_memory(tier: Any):
     size_bytes = 128 * 2**20
 
     def large(_: Component) -> nn.Module:
@@ -348,7 +348,7 @@ def test_host_copies_stay_within_their_budget():
     for key in "abc":
         residency.acquire(component(key, size), lambda _: Stack())
         residency.evict(key)
-    assert [held.key for held in residency.component_statuses()] == ["b", "c"]
+    assert [status.key for status in residency.component_statuses()] == ["b", "c"]
     residency.acquire(component("b", size), lambda _: pytest.fail("it has a copy"))
 
 
@@ -358,7 +358,7 @@ def test_a_component_larger_than_the_host_budget_is_refused_with_the_numbers_and
     residency.acquire(component("a", size), lambda _: Stack())
     with pytest.raises(HostMemoryExhausted, match="host memory for the copies"):
         residency.acquire(component("b", size), lambda _: Stack())
-    assert [held.key for held in residency.component_statuses()] == ["a"]
+    assert [status.key for status in residency.component_statuses()] == ["a"]
     residency.evict("a")
     residency.acquire(component("b", size), lambda _: Stack())
-    assert [held.key for held in residency.component_statuses()] == ["b"]
+    assert [status.key for status in residency.component_statuses()] == ["b"]

@@ -114,10 +114,10 @@ def t5_encoder(tokenizer: T5TokenizerFast) -> T5EncoderModel:
 
 
 def seeded(seed: int, kind: Any, *config: Any, **settings: Any) -> Any:
-    """The classes' own random weights, from a seed, in bfloat16; the caller's random numbers stay as they were."""
+    """The classes' own random weights, from a seed, in bfloat16; the caller's random state is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Not the class's own `to`: diffusers' warns of a cast that is meant here.
+        # Not the class's own `to`: that of diffusers warns about a cast which is intended here.
         return torch.nn.Module.to(kind(*config, **settings), torch.bfloat16).eval()
 
 

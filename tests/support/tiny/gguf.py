@@ -1,4 +1,4 @@
-"""Tiny denoisers in GGUF files, written by the gguf package as it quantises."""
+"""Tiny denoisers in GGUF files, written and quantised by the gguf package."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ def tensors_of(component: Path) -> dict[str, torch.Tensor]:
 
 
 def write_gguf(path: Path, tensors: Tensors, *kinds: Kind, plain: Kind = Kind.F32) -> Path:
-    """Each matrix as the first of `kinds` whose groups its rows are made of; all else as `plain`, F32 or F16."""
+    """Each matrix in the first of `kinds` whose group size divides its rows; all other tensors as `plain`."""
     writer = gguf.GGUFWriter(str(path), "flux")
     writer.add_array("general.tags", ["tiny", "test"])
     writer.add_array("numbers", [1, 2, 3])

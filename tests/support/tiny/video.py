@@ -124,7 +124,7 @@ def clip_processor() -> CLIPImageProcessor:
 
 
 def make_ltx(folder: Path) -> Path:
-    """About 1 MB: 32 x 32 pixels and 8 frames to a latent, as the real one, with a decoder that is told a timestep."""
+    """About 1 MB: 32 x 32 pixels and 8 frames to a latent, as the real one, with a decoder that takes a timestep."""
     tokenizer = t5_tokenizer()
     tokenizer.model_max_length = 128
     pipe = LTXConditionPipeline(
@@ -171,6 +171,6 @@ WAN_DTYPES = {"vae": "float32", "image_encoder": "float32"}
 
 
 def video_weights_of(folder: Path) -> Weights:
-    """The folder as installed weights: whatever parts it has."""
+    """The folder as installed weights, with all of its components."""
     parts: list[Component] = [component_of(file.parent) for file in sorted(folder.glob("*/*.safetensors"))]
     return Weights(folder.name, folder.name.partition("-")[0], folder, tuple(parts))
