@@ -24,9 +24,9 @@ plantain verify                        # read all installed weights and compare 
 plantain import /media/disk            # install from a folder, without a network
 ```
 
-Weights whose licence forbids commercial use need `--accept-licence` once. Gated repositories need `HF_TOKEN`; a mirror
-is set by `HF_ENDPOINT`. Only safetensors and ONNX files are loaded, and a GGUF file if `weights.toml` names it. To add a model,
-see [CONTRIBUTING.md](../CONTRIBUTING.md#add-a-model).
+Weights whose licence forbids commercial use need `--accept-licence` once. Gated repositories need `HF_TOKEN`;
+`HF_ENDPOINT` sets a mirror. Only safetensors and ONNX files are loaded, and a GGUF file if `weights.toml` names it. To
+add a model, see [CONTRIBUTING.md](../CONTRIBUTING.md#add-a-model).
 
 This page is generated from `weights.toml` by `scripts/tools/models_table.py`; do not edit it.
 
