@@ -1,6 +1,7 @@
 """Parameters, written once: the fields, the bodies that callers send, and the params that pipelines run."""
 
 from pathlib import Path
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
@@ -82,7 +83,7 @@ class Body(BaseModel):
         alias_generator=to_camel, strict=True, extra="allow", frozen=True, protected_namespaces=()
     )
 
-    @property
+    @cached_property
     def given(self) -> dict[str, Any]:
         """The known fields that have a value, by their names here; an explicit null counts as not sent."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}

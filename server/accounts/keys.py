@@ -81,6 +81,12 @@ def insert_key(db: Database, row: Mapping[str, Any]) -> None:
     db.table("apikey").insert(dict(row))
 
 
+def authorization_token(authorization: str) -> str:
+    """The token of an `Authorization: Bearer …` header; empty without one."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
 def authenticate(db: Database, key: str, now: float) -> Caller:
     """The caller whose key this is. Raises InvalidApiKey, KeyDisabled or KeyExpired.
 

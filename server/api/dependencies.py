@@ -14,7 +14,7 @@ from pydantic.alias_generators import to_camel
 from server.accounts import ledger, rate_limits
 from server.accounts.admin import Actor, AdminContext
 from server.accounts.authorization import ADMIN, CANCEL, GENERATE, READ, Access
-from server.accounts.keys import KEY_PREFIX
+from server.accounts.keys import KEY_PREFIX, authorization_token
 from server.accounts.rate_limits import RateLimitStatus
 from server.accounts.usage import Period
 from server.accounts.users import Caller
@@ -167,7 +167,7 @@ async def _authenticate(request: Request, services: Services, access: Access) ->
         origins.check_host(request, services.settings)
         origins.check_call(request, origins.for_pages(request, services.settings))
         return await call(authorizer.authorize_local, access, now)
-    token = cookies.authorization_token(request)
+    token = authorization_token(request.headers.get("authorization", ""))
     if key := token if token.startswith(KEY_PREFIX) else request.headers.get("x-api-key"):
         return await call(authorizer.authorize_key, key, access, now)
     if caller := await cookies.session_of(request, services):

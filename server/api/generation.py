@@ -137,7 +137,8 @@ def preferences(prefer: str) -> tuple[bool, float]:
 
 async def _claim_of(request: Request, body: Body) -> IdempotencyClaim | None:
     """The Idempotency-Key of a request. A body with an image in it is large, so it is hashed off the event loop."""
-    key = idempotency.parse(request.headers.getlist("idempotency-key"))
+    headers = request.headers.getlist("idempotency-key")
+    key = idempotency.parse(headers) if headers else None
     if key is None:
         return None
     return IdempotencyClaim(request.url.path, key, await asyncio.to_thread(idempotency.hash_of, body))

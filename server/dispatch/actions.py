@@ -32,7 +32,8 @@ async def perform(state: State, effects: Effects, actions: Sequence[Action]) -> 
 
 async def start_job(state: State, effects: Effects, queued: QueuedJob, worker: WorkerState) -> None:
     """The job is `running` in the database before its worker gets it."""
-    predicted_at, now = state.queue.take_prediction(queued.job_id), effects.clock()
+    now = effects.clock()
+    predicted_at = state.queue.take_prediction(queued.job_id, now)
     job = await effects.database.write(effects.jobs.start, queued.job_id, worker.id, now, predicted_at)
     if job is None:
         state.queue.on_finished(queued, 0.0)

@@ -191,11 +191,11 @@ class Dispatcher:
     async def _run(self) -> None:
         while True:
             now = self.effects.clock()
-            self.state.queue.predict_starts(list(self.state.workers.values()), now)
-            if not self.state.draining:
-                await actions.perform(self.state, self.effects, self.state.queue.plan(self.state.devices, now))
-            elif self.state.drained:
+            if self.state.drained:
                 self._drained.set()
+            elif self.state.queue.jobs and not self.state.draining:
+                await actions.perform(self.state, self.effects, self.state.queue.plan(self.state.devices, now))
+                self.state.queue.predict_starts(list(self.state.workers.values()), now)
             await self._handle(await self.inbox.get())
             while not self.inbox.empty():
                 await self._handle(self.inbox.get_nowait())

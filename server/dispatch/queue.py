@@ -40,19 +40,21 @@ class JobQueue:
         self._settled: object = None
         self._changes = 0
 
-    def queued(self, job: Job, runnable: RunSpec) -> QueuedJob:
+    def queued(self, job: Job, spec: RunSpec) -> QueuedJob:
+        """The job as it waits. Jobs of one `group` are of one model, workflow and amount of work."""
+        model, work = spec.weights.model, work_units(shape_of(job.params, job.pixels))
         return QueuedJob(
             job_id=job.id,
-            need=runnable.need,
+            need=spec.need,
             user_id=job.user_id,
             weight=job.weight,
             priority=job.priority,
-            expected_s=self._expected_s(job, runnable.weights.model),
+            expected_s=self.durations.expected_s(model, job.workflow, work, job.kind),
             created_at=job.created_at,
-            group=group_key(job, runnable.weights.model),
+            group=f"{model} {job.workflow} {work}",
             job=job,
-            weights=runnable.weights,
-            loras=runnable.loras,
+            weights=spec.weights,
+            loras=spec.loras,
         )
 
     def push(self, queued: QueuedJob) -> None:
@@ -145,16 +147,16 @@ class JobQueue:
         return self._positions[1]
 
     def predict_starts(self, workers: Sequence[WorkerState], now: float) -> None:
-        """Predict, once for each submitted job, when it starts. At its start the error of this is measured."""
+        """Predict, once for each submitted job that has to wait, when it starts; its start measures the error."""
+        self._unpredicted = [job_id for job_id in self._unpredicted if job_id in self.jobs]
         if self._unpredicted:
             positions = self.positions(workers, now)
-            self._predicted_start_at |= {
-                job_id: positions[job_id].start_at for job_id in self._unpredicted if job_id in positions
-            }
+            self._predicted_start_at |= {job_id: positions[job_id].start_at for job_id in self._unpredicted}
             self._unpredicted.clear()
 
-    def take_prediction(self, job_id: str) -> float | None:
-        return self._predicted_start_at.pop(job_id, None)
+    def take_prediction(self, job_id: str, now: float) -> float | None:
+        """The predicted start of a job that starts `now`; a job that never had to wait was not predicted."""
+        return self._predicted_start_at.pop(job_id, now)
 
     def wait_reason(self, queued: QueuedJob, workers: Sequence[WorkerState], now: float) -> str:
         """Why a job waits, for a person."""
@@ -202,8 +204,3 @@ def available_at(worker: WorkerState, now: float) -> float | None:
 def display_name(index: int, worker: WorkerState) -> str:
     """What a person calls the device."""
     return "the CPU" if worker.supervisor.device.torch_device == "cpu" else f"GPU {index}"
-
-
-def group_key(job: Job, model: str) -> str:
-    """Equal for jobs of one model, workflow and amount of work."""
-    return f"{model} {job.workflow} {work_units(shape_of(job.params, job.pixels))}"

@@ -67,7 +67,8 @@ class JobStore:
         """
         row = row_of(new, now)
         with self.database.atomic() as db:
-            idempotency.claim(db, new, now)
+            if new.idempotency:
+                idempotency.claim(db, new, now)
             rate_limits.reserve_slot(db, new.user_id, new.max_concurrent_jobs, now)
             if new.auto_top_up:
                 ledger.top_up(db, new.user_id, new.credits, now)

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from starlette.requests import HTTPConnection, Request
 
-from server.accounts.keys import KEY_PREFIX
+from server.accounts.keys import KEY_PREFIX, authorization_token
 from server.accounts.users import Caller
 from server.api import origins
 from server.api.middleware import add_header
@@ -80,7 +80,7 @@ def token_of(request: Request, services: Services) -> str | None:
 
 def bearer_token(request: Request, services: Services) -> str | None:
     """`token` as in JSON responses, or `token.signature` as in `set-auth-token`. API keys are not session tokens."""
-    text = authorization_token(request)
+    text = authorization_token(request.headers.get("authorization", ""))
     if not text or text.startswith(KEY_PREFIX):
         return None
     return services.auth.secret.unsign(text) if "." in text else text
@@ -88,14 +88,8 @@ def bearer_token(request: Request, services: Services) -> str | None:
 
 def api_key(request: Request) -> str | None:
     """An API key in place of a session."""
-    token = authorization_token(request)
+    token = authorization_token(request.headers.get("authorization", ""))
     return token if token.startswith(KEY_PREFIX) else request.headers.get("x-api-key")
-
-
-def authorization_token(request: Request) -> str:
-    """The token of `Authorization: Bearer …`; empty without one."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def cookies_of(request: Request, services: Services) -> "Cookies":
