@@ -84,7 +84,7 @@ class ModelRegistry:
             model = model.demo
         weights = self.weights(model)
         shape = shape_of(params or {}, pixels)
-        learned = self.peaks.learned(model.id, model.working, shape)
+        learned = self.peaks.estimates_for(model.id, model.working, shape)
         loras = self.loras(model, [lora["id"] for lora in (params or {}).get("loras", ())])
         need = need_of(weights, model.working, shape, learned)
         return RunSpec(weights, with_extra_bytes(need, component_bytes(loras.values())) if loras else need, loras)

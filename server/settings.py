@@ -1,5 +1,4 @@
-"""The open server: for one person on their own machine, who needs no key. Refused where others could reach it."""
-# FROM server.settings: What an operator may choose, read once into a frozen dataclass.
+"""Settings: what an operator may choose, read once into a frozen dataclass. Open mode is for loopback only."""
 
 import ipaddress
 import os

@@ -120,7 +120,7 @@ GRAPH = {module: project_imports(path) for module, path in MODULES.items()}
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The strongly connected components of more than one node: what is left when nodes without way out or in are gone."""
+    """What is left when nodes without outgoing or incoming edges are removed again and again."""
     rest = {node: set(targets) for node, targets in graph.items()}
     while True:
         sources_of = Counter(target for targets in rest.values() for target in targets)

@@ -14,6 +14,7 @@ from server.settings import PROJECT, Settings, from_environment
 from tests.support.server import LiveServer
 
 README = (PROJECT / "README.md").read_text()
+PAGES = [*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")]
 DOCS = {path.name: path.read_text() for path in (PROJECT / "docs").glob("*.md")}
 
 
@@ -69,3 +70,13 @@ def test_the_readmes_calls_work_as_they_stand(live_server: LiveServer):
         ["height", "imageUrl", "width"],
         ["imageUrl", "seed"],
     ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_links_and_paths_exist(page: Path):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+    if "measurements" not in page.parts:  # a measurement names the files of its day
+        for path in re.findall(r"`((?:server|pipelines|scripts|tests|docs)/[\w./-]+)", text):
+            assert (PROJECT / path).exists(), path

@@ -1,4 +1,4 @@
-"""docs/models.md says what weights.toml says."""
+"""docs/models.md is generated from weights.toml and up to date."""
 
 import importlib.util
 from types import ModuleType

@@ -1,5 +1,4 @@
-"""Reads where weights come from, and the LoRAs of a model: parts of `weights.toml`."""
-# FROM pipelines.shapes: Reads what a model makes, and the memory that this takes: parts of `weights.toml`.
+"""Reads parts of `weights.toml`: sizes, frames, working memory, sources of weights, LoRAs."""
 
 import re
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 safetensors and ONNX; and GGUF, where `weights.toml` names the very file. All three are data: loading them runs no code.
 """
-# FROM pipelines.weights.gguf_file: What a GGUF file says of its tensors. Its header is another's: nothing of it is believed before it is checked.  Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+# GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. No header value is trusted before it is checked.
 
 import json
 import struct

@@ -1,5 +1,4 @@
-"""Reads every installed file again and tells which are not what `weights.lock` says."""
-# FROM pipelines.weights.sums: `SHA256SUMS`: what the files of weights that come with the program should be, as coreutils' `sha256sum` writes it.
+"""Verifies installed files against `weights.lock`, and demo weights against their `SHA256SUMS` (coreutils' format)."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping

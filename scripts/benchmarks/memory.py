@@ -69,7 +69,7 @@ def bench(subject: Subject, working: Working, tier: Any, device: torch.device) -
         first = run(pipeline, residency, subject, working, tier, params)
         for peak in first:
             peaks.add(measured(subject.weights.model, tier, shape, device, peak))
-        learned = dict(peaks.learned(subject.weights.model, working, shape))
+        learned = dict(peaks.estimates_for(subject.weights.model, working, shape))
         second = {peak.phase: peak for peak in run(pipeline, residency, subject, working, tier, params)}
         for peak in first:
             again, expected = second[peak.phase].working_bytes, learned[peak.phase][0][1]

@@ -53,7 +53,7 @@ def decisions() -> list[tuple[str, list[WaitingJob], list[DeviceState]]]:
 
 def preparing(devices: list[DeviceState], needs: list[Need]) -> list[DeviceState]:
     """The same devices, each with a job that leaves room for another one's weights."""
-    return [replace(each, idle=False, runs=needs[0], free_at=float(n)) for n, each in enumerate(devices)]
+    return [replace(each, idle=False, running_need=needs[0], free_at=float(n)) for n, each in enumerate(devices)]
 
 
 def status_ms() -> float:

@@ -23,7 +23,7 @@ def no_prefetch(
     waiting: Sequence[WaitingJob], devices: Sequence[DeviceState], now: float, shares: Shares, policy: Policy = Policy()
 ) -> list[Action]:
     """The plan, but that each job's weights load when it starts."""
-    return plan(waiting, devices, now, shares, replace(policy, worth_bytes=math.inf))
+    return plan(waiting, devices, now, shares, replace(policy, min_prefetch_bytes=math.inf))
 
 
 ORDERS: Mapping[str, Decide] = {
@@ -119,7 +119,7 @@ def figures(
         makespan_s=makespan_s,
         over_bound=makespan_s / lower_bound_s(jobs, devices),
         switches=len({job_id for job_id, _ in loads}),
-        over_least_bytes=sum(size for _, size in loads) / least_bytes(jobs),
+        over_least_bytes=sum(size for _, size in loads) / min_streamed_bytes(jobs),
         mean_s=statistics.mean(waits),
         p95_s=waits[int(0.95 * (len(waits) - 1))],
         max_s=waits[-1],
@@ -127,7 +127,7 @@ def figures(
     )
 
 
-def least_bytes(jobs: Sequence[WaitingJob]) -> int:
+def min_streamed_bytes(jobs: Sequence[WaitingJob]) -> int:
     """Every component that any job needs is copied once at least."""
     return sum(dict(entry for job in jobs for entry in job.need.components).values())
 
@@ -141,7 +141,7 @@ def lower_bound_s(jobs: Sequence[WaitingJob], devices: Sequence[DeviceState]) ->
     for job in by_age:
         left_s += job.expected_s
         bounds.append(job.created_at + left_s / len(devices))
-    bounds.append(least_bytes(jobs) / link / len(devices))
+    bounds.append(min_streamed_bytes(jobs) / link / len(devices))
     bounds.append(max(max(job.created_at, job.need.weights_bytes / link) + job.expected_s for job in jobs))
     return max(bounds)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/models.md from weights.toml. A test compares the two."""
+"""Generates docs/models.md from weights.toml. tests/test_models_table.py compares the two."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,30 +15,45 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 INTRO = """# Models
 
-Made from `weights.toml` by `scripts/tools/models_table.py`; do not edit.
+```sh
+plantain models                        # every model: where it runs, which weights are installed
+plantain models --memory               # memory per phase: estimated, measured, expected
+plantain pull flux-schnell             # download, check every hash, record in weights.lock; resumes when repeated
+plantain pull flux-dev --accept-licence
+plantain verify                        # read all installed weights and compare their hashes
+plantain import /media/disk            # install from a folder, without a network
+```
 
-Here: on your own device, once `plantain pull MODEL` has fetched it. fal: at fal.ai, see [remote.md](remote.md).
-VRAM is what all weights take plus a run's working memory at the first size given, for a card that holds everything at
-once; a smaller one is used in stages. A model that is retired is still asked for; it says so where fal says it is gone.
+Weights whose licence forbids commercial use need `--accept-licence` once. Gated repositories need `HF_TOKEN`;
+`HF_ENDPOINT` sets a mirror. Only safetensors and ONNX files are loaded, and a GGUF file if `weights.toml` names it. To
+add a model, see [CONTRIBUTING.md](../CONTRIBUTING.md#add-a-model).
+
+This page is generated from `weights.toml` by `scripts/tools/models_table.py`; do not edit it.
+
+- **Runs** is `here` (on your own device, after `plantain pull MODEL`), `fal` (see [remote.md](remote.md)) or both.
+  A retired model is still requested at fal, and fails with `ENDPOINT_GONE` once fal has removed it.
+- **Credits** is the price of a request; for video, per request and per second.
+- **VRAM** is all weights plus the working memory of a run at the first size listed, all components resident. Smaller
+  devices run the model staged or streamed, see [memory.md](memory.md).
 """
 
 DEMO = """
-## On demo weights
+## Demo weights
 
-What a model that is not installed makes on the demo weights that come with the program, see [demo.md](demo.md).
+Sizes and lengths of models that are not installed and run on demo weights, see [demo.md](demo.md).
 """
 
 REMOTE = """
 ## At fal.ai
 
-What each workflow of a model takes there. An empty cell means that the model chooses.
+The endpoint and the parameters of each workflow. If a cell is empty, the endpoint chooses.
 """
 
 
 def page(catalog: Catalog) -> str:
     models = catalog.models.values()
     here = table(
-        ("model", "runs", "workflows", "sizes here", "seconds here", "credits", "licence", "VRAM"),
+        ("model", "runs", "workflows", "sizes", "seconds", "credits", "licence", "VRAM"),
         (row_of(model) for model in models),
     )
     there = table(
@@ -70,7 +85,7 @@ def row_of(model: Model) -> Sequence[str]:
 
 
 def sizes(model: Model) -> str:
-    """By resolution, the shapes that were trained for."""
+    """The sizes that the model was trained for, by resolution."""
     if model.weights is None or not model.sizes:
         return ""
     every = model.resolutions or {"": model.sizes}
@@ -82,7 +97,7 @@ def listed(sizes: Iterable[tuple[int, int]]) -> str:
 
 
 def seconds_here(model: Model) -> str:
-    """From one step of frames to the longest, at the usual rate."""
+    """The longest clip at the default frame rate."""
     if model.frames is None or model.weights is None:
         return ""
     fps = int(model.defaults.get("fps", model.frames.fps[0]))
@@ -108,7 +123,7 @@ def vram(model: Model) -> str:
 
 
 def working_bytes(model: Model) -> int:
-    """At the first size, and the usual length; of an upscaler's output, at a megapixel."""
+    """Bytes at the first size and the default length; for an upscaler, for an output of one megapixel."""
     width, height = next(iter(model.sizes.values()), (1024, 1024))
     frames = 1
     if model.frames:
@@ -137,7 +152,7 @@ def shapes(endpoint: Endpoint) -> str:
 
 
 def shape(ratio: str, value: Any) -> str:
-    """With the pixels, where it is asked for by pixels."""
+    """The ratio, with the pixels if the endpoint takes pixels."""
     pixels = "{width}x{height}".format(**value) if isinstance(value, dict) else str(value)
     return f"{ratio} ({pixels})" if pixels[0].isdigit() and pixels != ratio else ratio
 

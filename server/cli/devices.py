@@ -111,7 +111,7 @@ def model_rows(model: Model, installed: Installed, peaks: PeakEstimates) -> Iter
     for shape in dict.fromkeys([*(Shape(each.pixels, each.frames) for each in known), usual_shape(model)]):
         alike = [each for each in known if (each.pixels, each.frames) == (shape.pixels, shape.frames)]
         plain = need_of(weights, model.working, shape)
-        learned = need_of(weights, model.working, shape, peaks.learned(model.id, model.working, shape))
+        learned = need_of(weights, model.working, shape, peaks.estimates_for(model.id, model.working, shape))
         for phase in plain.phases:
             expected = next(each for each in learned.phases if each.name == phase.name)
             for mode in {each.way: 0 for each in alike if each.phase == phase.name} or {ExecutionMode(): 0}:

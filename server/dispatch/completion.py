@@ -132,7 +132,7 @@ async def record_peaks(state: State, effects: Effects, worker: WorkerState, peak
     if worker.job and peaks:
         job, model = worker.job.job, worker.job.weights.model
         shape, mode = shape_of(job.params, job.pixels), state.memory.mode_without_layout(job.id)
-        if maxima := state.memory.peaks.raised(model, mode, shape, peaks):
+        if maxima := state.memory.peaks.new_maxima(model, mode, shape, peaks):
             kind, write = state.memory.peaks.device_kind, effects.database.write_transaction
             rows = await write(records.record_peaks, model, mode, shape, kind, maxima, effects.clock())
             for measurement in rows:

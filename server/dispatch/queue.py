@@ -59,18 +59,18 @@ class JobQueue:
         self._changes += 1
         self.jobs[queued.job_id] = queued
         self._unpredicted.append(queued.job_id)
-        self.turns.came(queued)
+        self.turns.on_submitted(queued)
 
     def push_front(self, queued: QueuedJob) -> None:
         """A job that ran, and is to run again before all others."""
         self._changes += 1
         self.jobs = {queued.job_id: queued, **self.jobs}
-        self.turns.came_back(queued)
+        self.turns.on_requeued(queued)
 
     def pop_for_start(self, job_id: str, now: float) -> QueuedJob:
         self._changes += 1
         queued = self.jobs.pop(job_id)
-        self.turns.started(queued, now)
+        self.turns.on_started(queued, now)
         return queued
 
     def remove(self, job_id: str) -> QueuedJob | None:
@@ -78,7 +78,7 @@ class JobQueue:
         self._changes += 1
         self._predicted_start_at.pop(job_id, None)
         if queued := self.jobs.pop(job_id, None):
-            self.turns.left(queued)
+            self.turns.on_removed(queued)
         return queued
 
     def replace(self, queued: QueuedJob) -> None:
@@ -88,12 +88,12 @@ class JobQueue:
 
     def on_finished(self, queued: QueuedJob, took_s: float) -> None:
         self._changes += 1
-        self.turns.ended(queued, took_s)
+        self.turns.on_finished(queued, took_s)
 
     def record_duration(self, queued: QueuedJob, run_s: float) -> DurationEstimate:
         """How long such jobs take; those that wait are told, if it is much else than was thought."""
         job = queued.job
-        timing = self.durations.learn(
+        timing = self.durations.update(
             queued.weights.model, job.workflow, work_units(shape_of(job.params, job.pixels)), run_s
         )
         if not 1 / RE_ESTIMATE_RATIO < timing.run_s / max(queued.expected_s, 1e-9) < RE_ESTIMATE_RATIO:
@@ -108,7 +108,7 @@ class JobQueue:
 
     def _expected_s(self, job: Job, model: str) -> float:
         """`model` is what its weights are called: on demo weights it is another."""
-        return self.durations.expect(model, job.workflow, work_units(shape_of(job.params, job.pixels)), job.kind)
+        return self.durations.expected_s(model, job.workflow, work_units(shape_of(job.params, job.pixels)), job.kind)
 
     def plan(self, devices: Sequence[DeviceState], now: float) -> list[Action]:
         """Nothing starts while the queue is paused. What found nothing to do finds nothing until something changes."""
@@ -130,7 +130,7 @@ class JobQueue:
     def device_state(self, worker: WorkerState) -> DeviceState:
         """As the scheduler sees it: prepared for nothing any more once that job waits no longer."""
         view = worker.snapshot
-        return view if view.ahead in self.jobs else dataclasses.replace(view, ahead=None)
+        return view if view.prefetching_for in self.jobs else dataclasses.replace(view, prefetching_for=None)
 
     def device_states(self, workers: Iterable[WorkerState]) -> list[DeviceState]:
         return [self.device_state(worker) for worker in workers]
@@ -177,7 +177,7 @@ class JobQueue:
         if job.started_at is None or job.finished_at is None:
             return None
         work = work_units(shape_of(job.params, job.pixels))
-        return self.durations.learn(job.model, job.workflow, work, max(0.0, job.finished_at - job.started_at))
+        return self.durations.update(job.model, job.workflow, work, max(0.0, job.finished_at - job.started_at))
 
     def remote_retry_after_s(self, jobs: Iterable[Job], now: float) -> int:
         """The same for jobs at fal, which run side by side: when a tenth of them should have ended."""

@@ -96,7 +96,7 @@ def device_json(memory: MemoryTracker, worker: WorkerState) -> dict[str, Any]:
         "runs": {"jobId": worker.job.job_id, "mode": mode.name if mode else None} if worker.job else None,
         "totalBytes": spec.total_bytes,
         "budgetBytes": spec.budget_bytes,
-        "othersBytes": snapshot.others_bytes,
+        "othersBytes": snapshot.external_bytes,
         "residentBytes": sum(size for _, size in snapshot.resident),
         "hostBudgetBytes": spec.host_budget_bytes,
         "hostBytes": sum(each.host_bytes for each in held),

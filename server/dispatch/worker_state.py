@@ -93,13 +93,13 @@ class WorkerState:
             idle=self.status == "idle" and not self.draining,
             link_bytes_per_s=self.link_bytes_per_s,
             host_budget_bytes=self.supervisor.device.host_budget_bytes,
-            runs_s=self.job.expected_s if self.job else 0.0,
-            others_bytes=min(self.budget_bytes, self.external.taken_bytes),
-            runs=self.job.need if self.job and not self.draining else None,
+            running_expected_s=self.job.expected_s if self.job else 0.0,
+            external_bytes=min(self.budget_bytes, self.external.taken_bytes),
+            running_need=self.job.need if self.job and not self.draining else None,
             free_at=self.expected_end_at,
-            ahead=self.prefetching_for,
-            brought=self.prefetched,
-            copies=self.host_copies,
+            prefetching_for=self.prefetching_for,
+            prefetched=self.prefetched,
+            host_copies=self.host_copies,
         )
 
     @property

@@ -1,5 +1,8 @@
-"""One GET of a caller's URL: guarded addresses, few redirects, a deadline, and no more bytes than allowed."""
-# FROM server.addresses: Which hosts this server may be sent to fetch from, and an httpx transport that meets no others.  A host is resolved once per hop, every address of it is checked, and the connection goes to one of exactly those: a name that changes its mind between check and connection (DNS rebinding) gains nothing.
+"""Fetches a caller's URL: one GET with guarded addresses (SSRF), few redirects, a deadline and a size limit.
+
+A host is resolved once per hop, every address is checked, and the connection goes to one of exactly those addresses, so
+that a name whose address changes between check and connection (DNS rebinding) gains nothing.
+"""
 
 import ipaddress
 import re

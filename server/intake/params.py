@@ -1,5 +1,8 @@
-"""From what a caller sent to what a pipeline runs: workflow, size, seed. Pure, and nothing is corrected in silence."""
-# FROM server.video_requests: From what a caller sent to a video's size, rate and number of frames. Pure, and nothing is corrected in silence.  A length between two that a model can make becomes the nearer one; the answer's `duration` tells which.
+"""Resolves a request into a pipeline's params: workflow, size, frames, seed. Pure.
+
+Invalid input is refused, not corrected.
+A video length between two that a model can make becomes the nearer one; the output's `duration` says which.
+"""
 
 import math
 import secrets

@@ -2,7 +2,7 @@
 
 The URLs are built here and not taken from answers, so that the key is sent nowhere else. Redirects are not followed.
 """
-# FROM server.remote.faults: What fal's refusals mean. See https://fal.ai/docs/errors for the types that its models tell.
+# What error responses mean: https://fal.ai/docs/errors lists the types that fal and its models send.
 
 import json
 import re

@@ -1,5 +1,4 @@
-"""Puts the desk together, as the settings say."""
-# FROM server.remote.desk: The jobs that run at fal, a task for each. What comes of them is told to the dispatcher, as workers tell it.
+"""Runs fal.ai jobs, one task for each, and reports their events to the dispatcher."""
 
 import asyncio
 import logging

@@ -1,5 +1,7 @@
-"""How long jobs take: learned from each run, by model, workflow and shape. The table `timing` keeps it."""
-# FROM server.peaks: What runs were measured to take beside the weights, and what is to be expected from it. Kept in the database.
+"""Estimates learned from runs: duration by model, workflow and work; peak memory by mode, phase and shape. Pure.
+
+The tables `timing` and `peak` store what was measured (`server/dispatch/records.py`).
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -47,7 +49,7 @@ class PeakEstimates:
         if measured.device_kind == self.device_kind:
             self._by_model[measured.model][key_of(measured)] = measured
 
-    def raised(self, model: str, way: ExecutionMode, shape: Shape, peaks: Iterable[Peak]) -> list[Peak]:
+    def new_maxima(self, model: str, way: ExecutionMode, shape: Shape, peaks: Iterable[Peak]) -> list[Peak]:
         """Those of a run's peaks that are larger than any before: most runs have none, and write nothing."""
         known = {(each.phase, each.way, each.pixels, each.frames): each for each in self._by_model[model].values()}
         places = [(peak, known.get((peak.phase, way, shape.pixels, shape.frames))) for peak in peaks]
@@ -56,7 +58,7 @@ class PeakEstimates:
     def of(self, model: str) -> list[PeakMeasurement]:
         return list(self._by_model[model].values())
 
-    def learned(
+    def estimates_for(
         self, model: str, working: Working, shape: Shape
     ) -> Mapping[str, tuple[tuple[ExecutionMode, int], ...]]:
         """By phase: what to expect in each way that was measured.
@@ -128,7 +130,7 @@ class DurationEstimates:
         for timing in known:
             self._add(timing)
 
-    def expect(self, model: str, workflow: str, work: int, kind: str) -> float:
+    def expected_s(self, model: str, workflow: str, work: int, kind: str) -> float:
         """Seconds of a run: of this shape; else of the nearest one, in proportion; else of a model of the kind."""
         known = self._known.get((model, workflow))
         if not known:
@@ -136,7 +138,7 @@ class DurationEstimates:
         nearest = known.get(work) or min(known.values(), key=lambda timing: abs(timing.work - work))
         return nearest.run_s * work / nearest.work
 
-    def learn(self, model: str, workflow: str, work: int, run_s: float) -> DurationEstimate:
+    def update(self, model: str, workflow: str, work: int, run_s: float) -> DurationEstimate:
         """The average, moved towards this run."""
         before = self._known.get((model, workflow), {}).get(work)
         if before:

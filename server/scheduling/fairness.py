@@ -1,5 +1,8 @@
-"""The books of fairness, kept up as jobs come, start and end. Pure: told the time, never asking for it."""
-# FROM server.fairness: Who has had how much: device-seconds by user, over the weight of their plan. Pure.  Fair queueing by virtual time, as in Linux's CFS: whoever has spent least goes first, and whoever comes back after a pause starts level with the others, neither ahead for having been away nor behind for what nobody else wanted.
+"""Fair-share accounting: device-seconds by user, divided by the weight of their plan. Pure.
+
+Fair queueing by virtual time, as in Linux's CFS: the user with the least virtual time goes first, and a user who
+returns after a pause starts at the minimum virtual time, so that a pause neither earns nor costs anything.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -15,30 +18,32 @@ class Shares:
     `floor_s` is what the least served of those with work had spent: it only rises.
     """
 
-    floor_s: float = 0.0
-    spent_s: Mapping[str, float] = field(default_factory=dict)
-    turn_at: Mapping[str, float] = field(default_factory=dict)
+    min_virtual_time_s: float = 0.0
+    virtual_time_s: Mapping[str, float] = field(default_factory=dict)
+    last_start_at: Mapping[str, float] = field(default_factory=dict)
 
     def spent(self, user_id: str) -> float:
-        return self.spent_s.get(user_id, self.floor_s)
+        return self.virtual_time_s.get(user_id, self.min_virtual_time_s)
 
 
 def activate(shares: Shares, user_id: str) -> Shares:
     """The user has work again, having had none."""
-    level_s = max(shares.spent(user_id), shares.floor_s)
-    return replace(shares, spent_s={**shares.spent_s, user_id: level_s})
+    level_s = max(shares.spent(user_id), shares.min_virtual_time_s)
+    return replace(shares, virtual_time_s={**shares.virtual_time_s, user_id: level_s})
 
 
 def charge(shares: Shares, user_id: str, device_s: float, weight: float, active: Iterable[str]) -> Shares:
     """The user has had so many device-seconds more, or fewer where a guess is put right. `active` are all with jobs."""
-    spent_s = {**shares.spent_s, user_id: shares.spent(user_id) + device_s / weight}
-    least_s = min((spent_s.get(each, shares.floor_s) for each in active), default=shares.floor_s)
-    return replace(shares, spent_s=spent_s, floor_s=max(shares.floor_s, least_s))
+    virtual_time_s = {**shares.virtual_time_s, user_id: shares.spent(user_id) + device_s / weight}
+    least_s = min(
+        (virtual_time_s.get(each, shares.min_virtual_time_s) for each in active), default=shares.min_virtual_time_s
+    )
+    return replace(shares, virtual_time_s=virtual_time_s, min_virtual_time_s=max(shares.min_virtual_time_s, least_s))
 
 
 def mark_started(shares: Shares, user_id: str, now: float) -> Shares:
     """The user's oldest job has started."""
-    return replace(shares, turn_at={**shares.turn_at, user_id: now})
+    return replace(shares, last_start_at={**shares.last_start_at, user_id: now})
 
 
 def jain_index(amounts: Iterable[float]) -> float:
@@ -74,7 +79,7 @@ class FairShareAccounting:
         self._waiting: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._running: Counter[str] = Counter(running)
 
-    def copied(self, waiting: Iterable[WaitingJob]) -> "FairShareAccounting":
+    def copy_with(self, waiting: Iterable[WaitingJob]) -> "FairShareAccounting":
         """A copy in which only these jobs wait: for simulations."""
         copy = FairShareAccounting(self.shares, self._running)
         for job in waiting:
@@ -85,30 +90,30 @@ class FairShareAccounting:
         """How many of the user's jobs wait."""
         return len(self._waiting.get(user_id, ()))
 
-    def came(self, job: WaitingJob) -> None:
+    def on_submitted(self, job: WaitingJob) -> None:
         if job.user_id not in self._active():
             self.shares = activate(self.shares, job.user_id)
         self._waiting[job.user_id][job.job_id] = None
 
-    def came_back(self, job: WaitingJob) -> None:
+    def on_requeued(self, job: WaitingJob) -> None:
         """A job that ran waits again, before its user's others: what was charged for it is given back."""
         self._waiting[job.user_id] = {job.job_id: None, **self._waiting[job.user_id]}
         self._charge(job, -job.expected_s)
         self._stop(job)
 
-    def started(self, job: WaitingJob, now: float) -> None:
+    def on_started(self, job: WaitingJob, now: float) -> None:
         if next(iter(self._waiting[job.user_id]), None) == job.job_id:
             self.shares = mark_started(self.shares, job.user_id, now)
         self._running[job.user_id] += 1
         self._charge(job, job.expected_s)
-        self.left(job)
+        self.on_removed(job)
 
-    def ended(self, job: WaitingJob, took_s: float) -> None:
+    def on_finished(self, job: WaitingJob, took_s: float) -> None:
         """The guess is put right by what it took."""
         self._charge(job, took_s - job.expected_s)
         self._stop(job)
 
-    def left(self, job: WaitingJob) -> None:
+    def on_removed(self, job: WaitingJob) -> None:
         """It waits no more."""
         self._waiting[job.user_id].pop(job.job_id, None)
         if not self._waiting[job.user_id]:
@@ -135,9 +140,9 @@ def replay(runs: Iterable[CompletedRun]) -> FairShareAccounting:
     for at, what, run in sorted(events, key=lambda event: event[:2]):
         job = replace(run.job, expected_s=run.ended_at - run.started_at)
         if what == 0:
-            turns.came(job)
+            turns.on_submitted(job)
         elif what == 1:
-            turns.started(job, at)
+            turns.on_started(job, at)
         else:
-            turns.ended(job, job.expected_s)
+            turns.on_finished(job, job.expected_s)
     return turns

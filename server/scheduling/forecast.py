@@ -41,7 +41,7 @@ def forecast(
         boxes,
         now=now,
         busy_until=dict(free_at),
-        turns=turns.copied(near),
+        turns=turns.copy_with(near),
         waiting={job.job_id: job for job in near},
     )
     runs = world.live([])
@@ -80,8 +80,9 @@ def reason(
     now: float,
     prepared: str | None = None,
 ) -> str:
-    """Why a queued job does not run yet, for a person. `prepared` is the title of a device that brings its weights."""
-    return f"{wait_reason(need, place, devices, titles, now)}{f'; {prepared} brings its weights meanwhile' if prepared else ''}"
+    """Why a queued job does not run yet, for a person. `prepared` names a device that prefetches its weights."""
+    text = wait_reason(need, place, devices, titles, now)
+    return f"{text}; {prepared} loads its weights meanwhile" if prepared else text
 
 
 def wait_reason(
@@ -90,9 +91,9 @@ def wait_reason(
     wanted = f"needs {need.total_bytes / GIB:.1f} GiB"
     devices = list(devices)
     fitting = [device for device in devices if fits(need, device)]
-    taken = [device for device in devices if fits(need, device.alone)]
+    taken = [device for device in devices if fits(need, device.without_other_processes)]
     if taken and not fitting:
-        told = [f"{device.others_bytes / GIB:.1f} GiB of {titles[device.id]}" for device in taken]
+        told = [f"{device.external_bytes / GIB:.1f} GiB of {titles[device.id]}" for device in taken]
         return f"{wanted}; other programs have {' and '.join(told)}"
     if not fitting:
         return f"{wanted}; no running device has as much"

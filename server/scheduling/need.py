@@ -102,9 +102,9 @@ class Need:
         """A phase's weights on the device: staged all of its components, streamed the least that they can be."""
         whole = sum(self.sizes.get(key, 0) for key in phase.keys)
         key = self.streamed_key(phase) if way.tier == "streamed" else None
-        return whole - self.sizes[key] + self.least_bytes(key) if key else whole
+        return whole - self.sizes[key] + self.min_streamed_bytes(key) if key else whole
 
-    def least_bytes(self, key: str) -> int:
+    def min_streamed_bytes(self, key: str) -> int:
         """A streamed component's bytes on the device: what lies outside its blocks, and the slots."""
         blocks = dict(self.blocks)[key]
         return self.sizes[key] - sum(blocks) + STREAMING_SLOTS * max(blocks)
@@ -112,7 +112,7 @@ class Need:
     def streamed_key(self, phase: Phase) -> str | None:
         """The phase's largest component, if streaming makes it smaller."""
         key = max(phase.keys, key=lambda each: self.sizes.get(each, 0), default=None)
-        return key if key in dict(self.blocks) and self.least_bytes(key) < self.sizes[key] else None
+        return key if key in dict(self.blocks) and self.min_streamed_bytes(key) < self.sizes[key] else None
 
     def kept(self, budget_bytes: int, way: ExecutionMode) -> tuple[tuple[str, int], ...]:
         """Of a device with this budget: the components that must be streamed, and the bytes of blocks that may stay."""
@@ -125,7 +125,7 @@ class Need:
             )
             key = self.streamed_key(phase)
             if key and spare_bytes < 0:
-                room = self.sizes[key] + spare_bytes - self.least_bytes(key)
+                room = self.sizes[key] + spare_bytes - self.min_streamed_bytes(key)
                 found[key] = min(room, found.get(key, room))
         return tuple(found.items())
 

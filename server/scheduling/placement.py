@@ -1,5 +1,4 @@
-"""What is tried next with a job that ran out of memory. Pure."""
-# FROM server.placement: Where a job fits, in which way, and what must make room for it there. Pure.
+"""Placement: the mode and device in which a job fits, its evictions, the next attempt after out of memory. Pure."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -71,7 +70,7 @@ def ranked_devices(need: Need, idle: Iterable[DeviceState]) -> list[tuple[float,
     timed = [(way.tiled, load_seconds(need, device, way), -device.free_bytes, device, way) for device, way in ways]
     best_first = sorted(timed, key=lambda option: option[:3])
     return [
-        (load_seconds(need, device.without_brought(), way) if device.brought else load_s, device)
+        (load_seconds(need, device.without_prefetched(), way) if device.prefetched else load_s, device)
         for _, load_s, _, device, way in best_first
     ]
 
@@ -105,7 +104,7 @@ def after_start(device: DeviceState, need: Need, evicted: Iterable[str]) -> Devi
 
 def refusal(need: Need, devices: Iterable[DeviceState]) -> str | None:
     """Why no device here could ever hold this, or None if one could, were no other program on it."""
-    devices = [device.alone for device in devices]
+    devices = [device.without_other_processes for device in devices]
     if any(fits(need, device) for device in devices):
         return None
     largest_bytes = max((device.budget_bytes for device in devices), default=0)

@@ -22,12 +22,12 @@ class Policy:
     `worth_bytes` are not prefetched.
     """
 
-    quantum: float = 200.0
-    wear: float = 5.0
+    switch_penalty: float = 200.0
+    switch_penalty_decay: float = 5.0
     length_bias: float = 20.0
-    long_s: float = 30.0
-    age_cap_s: float = 600.0
-    worth_bytes: float = 64 * 2**20
+    long_job_s: float = 30.0
+    max_wait_s: float = 600.0
+    min_prefetch_bytes: float = 64 * 2**20
 
 
 def plan(
@@ -50,15 +50,17 @@ def plan(
        room; of those, the first. What is in its way there is evicted, the least recently used first.
     8. A busy device prepares for the job that would be next there by these rules when it comes free, one at a time.
     """
-    if not waiting or not any(device.idle or (device.runs and not device.ahead) for device in devices):
+    if not waiting or not any(
+        device.idle or (device.running_need and not device.prefetching_for) for device in devices
+    ):
         return []
     queue = Candidates(waiting, devices, now, shares, policy)
-    actions: list[Action] = list(queue.hopeless())  # 1
+    actions: list[Action] = list(queue.refusals())  # 1
     while found := queue.first():
         job, device = found
         actions += [*evictions(job.need, device), Start(job.job_id, device.id)]
         queue.take(job, device)
-    if policy.worth_bytes < math.inf:
+    if policy.min_prefetch_bytes < math.inf:
         actions += queue.prepared()  # 8
     return actions
 
@@ -77,21 +79,21 @@ class Candidates:
         for job in heads:
             self.heads[job.kind][job.line] = job
         self.oldest = first_of_each(heads, [job.user_id for job in heads])
-        self.spent_s = {user_id: shares.spent(user_id) for user_id in self.oldest}
+        self.virtual_time_s = {user_id: shares.spent(user_id) for user_id in self.oldest}
         self.has_priorities = any(job.priority for job in heads)
         self.least: dict[str, WaitingJob | None] = {}
         self.idle = [device for device in devices if device.idle]
         self.options = {
             kind: ranked_devices(next(iter(line.values())).need, self.idle) for kind, line in self.heads.items()
         }
-        long = [device for device in devices if not device.idle and device.runs_s > policy.long_s]
+        long = [device for device in devices if not device.idle and device.running_expected_s > policy.long_job_s]
         self.open_to_long = max(1, len(devices) // 2) - len(long)
 
-    def hopeless(self) -> Iterator[Refuse]:
+    def refusals(self) -> Iterator[Refuse]:
         """Refuse the jobs that nothing could hold."""
         if not self.idle:
             return
-        largest_bytes = max(device.alone.budget_bytes for device in self.devices)
+        largest_bytes = max(device.without_other_processes.budget_bytes for device in self.devices)
         nowhere = [kind for kind, found in self.options.items() if not found]
         kinds = {kind for kind in nowhere if refusal(next(iter(self.heads[kind].values())).need, self.devices)}
         for job in self.waiting if kinds else ():
@@ -100,14 +102,14 @@ class Candidates:
 
     def prepared(self) -> Iterator[Prefetch]:
         """For each device that runs a job, in the order in which they come free: what it brings for the next one."""
-        taken = {device.ahead for device in self.devices}
-        for device in sorted((each for each in self.devices if each.runs), key=lambda each: each.free_at):
+        taken = {device.prefetching_for for device in self.devices}
+        for device in sorted((each for each in self.devices if each.running_need), key=lambda each: each.free_at):
             self.now = max(self.now, device.free_at)
-            self.open_to_long += device.runs_s > self.policy.long_s
-            job = self.next_on(device, taken - {device.ahead})
-            if not job or device.ahead:
+            self.open_to_long += device.running_expected_s > self.policy.long_job_s
+            job = self.next_on(device, taken - {device.prefetching_for})
+            if not job or device.prefetching_for:
                 continue
-            if found := plan_prefetch(job.job_id, job.need, device, self.policy.worth_bytes):
+            if found := plan_prefetch(job.job_id, job.need, device, self.policy.min_prefetch_bytes):
                 yield found
 
     def next_on(self, device: DeviceState, taken: Set[str | None]) -> WaitingJob | None:
@@ -130,7 +132,7 @@ class Candidates:
         job = (
             self.by_priority(lambda priority: priority > 0)  # 2
             or self.overdue()  # 3
-            or self.fairest(longest_s=math.inf if self.open_to_long > 0 else self.policy.long_s)  # 4, 5
+            or self.fairest(longest_s=math.inf if self.open_to_long > 0 else self.policy.long_job_s)  # 4, 5
             or self.fairest(longest_s=math.inf)  # 5
             or self.by_priority(lambda priority: priority < 0)  # 6
         )
@@ -147,12 +149,12 @@ class Candidates:
         late = [
             job
             for job in self.oldest.values()
-            if self.since(job) < self.now - self.policy.age_cap_s and self.options[job.kind]
+            if self.since(job) < self.now - self.policy.max_wait_s and self.options[job.kind]
         ]
         return min(late, key=self.since, default=None)
 
     def since(self, job: WaitingJob) -> float:
-        return max(job.created_at, self.shares.turn_at.get(job.user_id, job.created_at))
+        return max(job.created_at, self.shares.last_start_at.get(job.user_id, job.created_at))
 
     def fairest(self, longest_s: float) -> WaitingJob | None:
         """Of each kind, only the user who has had least can be it."""
@@ -162,27 +164,29 @@ class Candidates:
     def least_served(self, kind: str) -> WaitingJob | None:
         if kind not in self.least:
             heads = [job for job in self.heads[kind].values() if job.priority == 0]
-            self.least[kind] = min(heads, key=lambda job: self.spent_s[job.user_id], default=None)
+            self.least[kind] = min(heads, key=lambda job: self.virtual_time_s[job.user_id], default=None)
         return self.least[kind]
 
     def cost_s(self, job: WaitingJob) -> float:
         load_s = self.options[job.kind][0][0]
-        stay_s = max(0.0, self.policy.quantum * load_s - self.policy.wear * (self.now - job.created_at))
-        return self.spent_s[job.user_id] + self.policy.length_bias * job.expected_s + stay_s
+        stay_s = max(
+            0.0, self.policy.switch_penalty * load_s - self.policy.switch_penalty_decay * (self.now - job.created_at)
+        )
+        return self.virtual_time_s[job.user_id] + self.policy.length_bias * job.expected_s + stay_s
 
     def take(self, job: WaitingJob, device: DeviceState) -> None:
         """The job has started: the device is busy, the next of the line comes forward, its user has had more."""
         self.idle = [other for other in self.idle if other is not device]
         for kind, found in self.options.items():
             self.options[kind] = [option for option in found if option[1] is not device]
-        self.spent_s[job.user_id] += job.expected_s / job.weight
-        self.open_to_long -= job.expected_s > self.policy.long_s
+        self.virtual_time_s[job.user_id] += job.expected_s / job.weight
+        self.open_to_long -= job.expected_s > self.policy.long_job_s
         self.least = {kind: other for kind, other in self.least.items() if other and other.user_id != job.user_id}
-        self.come_forward(job)
+        self.advance(job)
         if self.oldest.get(job.user_id) is job:
             del self.oldest[job.user_id]  # the user's turn has come; the next job's time starts now
 
-    def come_forward(self, job: WaitingJob) -> None:
+    def advance(self, job: WaitingJob) -> None:
         """The next of the line that `job` was the head of; more may have been learned of it than of `job`."""
         index = self.lines.index(job.line)
         self.lines[index] = ""

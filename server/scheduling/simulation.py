@@ -79,12 +79,12 @@ class Simulation:
 
     def comes(self, job: WaitingJob) -> None:
         self.waiting[job.job_id] = job
-        self.turns.came(job)
+        self.turns.on_submitted(job)
 
     def frees(self, device: str, running: dict[str, WaitingJob]) -> None:
-        self.devices[device] = replace(self.devices[device], idle=True, runs=None)
+        self.devices[device] = replace(self.devices[device], idle=True, running_need=None)
         if job := running.pop(device, None):
-            self.turns.ended(job, self.took_s.get(job.job_id, job.expected_s))
+            self.turns.on_finished(job, self.took_s.get(job.job_id, job.expected_s))
 
     def decides(self) -> list[Run]:
         """Once more after jobs have started: what their devices bring for the next ones is decided then."""
@@ -110,18 +110,18 @@ class Simulation:
     def leaves(self, job_id: str) -> WaitingJob:
         """It waits no more, so that nothing is prepared for it any more."""
         for device in self.devices.values():
-            if device.ahead == job_id:
-                self.devices[device.id] = replace(device, ahead=None)
+            if device.prefetching_for == job_id:
+                self.devices[device.id] = replace(device, prefetching_for=None)
         return self.waiting.pop(job_id)
 
     def evicts(self, device: str, key: str) -> None:
         box = self.devices[device]
         left = tuple(each for each in box.resident if each[0] != key)
-        self.devices[device] = replace(box, resident=left, brought=box.brought - {key})
+        self.devices[device] = replace(box, resident=left, prefetched=box.prefetched - {key})
         self.arrives[device].pop(key, None)
 
     def starts(self, job: WaitingJob, device: str) -> Run:
-        self.turns.started(job, self.now)
+        self.turns.on_started(job, self.now)
         box, arrives = self.devices[device], self.arrives[device]
         loaded_bytes = box.missing_bytes(job.need)
         there_at = max([self.now, *(arrives.pop(key, 0.0) for key in job.need.keys)])
@@ -129,8 +129,8 @@ class Simulation:
         runs_at = there_at + self.disk_s(box, job.need, missing) + loaded_bytes / box.link_bytes_per_s
         ends_at = runs_at + self.took_s.get(job.job_id, job.expected_s)
         box = after_start(hosted(box, job.need, job.need.sizes), job.need, ())
-        box = replace(box, runs=job.need, runs_s=job.expected_s, free_at=ends_at)
-        self.devices[device] = replace(box, ahead=None, brought=box.brought - job.need.keys)
+        box = replace(box, running_need=job.need, running_expected_s=job.expected_s, free_at=ends_at)
+        self.devices[device] = replace(box, prefetching_for=None, prefetched=box.prefetched - job.need.keys)
         self.loads_until[device] = runs_at
         return Run(job, device, self.now, runs_at, ends_at, loaded_bytes)
 
@@ -144,12 +144,12 @@ class Simulation:
             self.arrives[order.device][key] = at
         coming = tuple((key, need.sizes[key]) for key in order.to_device)
         box = hosted(box, need, (*order.to_device, *order.to_host))
-        box = replace(box, resident=(*coming, *box.resident), ahead=order.job_id)
-        self.devices[order.device] = replace(box, brought=box.brought | {*order.to_device})
+        box = replace(box, resident=(*coming, *box.resident), prefetching_for=order.job_id)
+        self.devices[order.device] = replace(box, prefetched=box.prefetched | {*order.to_device})
         self.fetched.append((order.job_id, sum(size for _, size in coming)))
 
     def disk_s(self, box: DeviceState, need: Need, keys: Iterable[str]) -> float:
-        copies = dict(box.copies)
+        copies = dict(box.host_copies)
         return sum(need.sizes[key] for key in keys if key not in copies) / self.disk_bytes_per_s
 
 
@@ -158,9 +158,9 @@ def hosted(box: DeviceState, need: Need, keys: Iterable[str]) -> DeviceState:
     keys = list(keys)
     if box.host_budget_bytes is None:
         return box
-    in_use = {*keys, *dict(box.resident), *(box.runs.keys if box.runs else ())}
-    copies = {key: size for key, size in box.copies if key not in keys} | {key: need.sizes[key] for key in keys}
+    in_use = {*keys, *dict(box.resident), *(box.running_need.keys if box.running_need else ())}
+    copies = {key: size for key, size in box.host_copies if key not in keys} | {key: need.sizes[key] for key in keys}
     for key in [key for key in copies if key not in in_use]:
         if sum(copies.values()) > box.host_budget_bytes:
             del copies[key]
-    return replace(box, copies=tuple(copies.items()))
+    return replace(box, host_copies=tuple(copies.items()))

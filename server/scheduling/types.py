@@ -1,4 +1,4 @@
-"""A job that waits, as the decisions see it. Pure."""
+"""What the scheduler decides about: devices and waiting jobs; and its decisions, the actions. Pure."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -13,13 +13,14 @@ LINK_BYTES_PER_S = 12e9
 
 @dataclass(frozen=True)
 class DeviceState:
-    """A device as the scheduler sees it. `resident` is (component key, bytes), least recently used first.
+    """A device as the scheduler sees it.
 
-    `budget_bytes` is what may be given out now; other programs took `others_bytes` of what there was to give out.
-    `host_budget_bytes` is what the copies in host memory may take, where the host is not the device itself; `copies`
-    are those that are there. `runs_s` is how long the job that it runs takes in all; `runs` what that needs, if another
-    may follow it there, and `free_at` when it should have ended. `ahead` is the waiting job that it is prepared for;
-    `brought` are the components that came ahead of their job, and that none has used yet.
+    `budget_bytes`: what may be given out now, without the `external_bytes` that other processes use.
+    `resident`: (component key, bytes), least recently used first.
+    `host_budget_bytes`: for `host_copies` of weights, where the host is not the device itself.
+    `running_expected_s`: how long the running job takes in all; `running_need`: its need, if another job may follow it;
+    `free_at`: when it should have ended.
+    `prefetching_for`: the waiting job that the device has prefetched for; `prefetched`: components not used yet.
     """
 
     id: str
@@ -28,18 +29,18 @@ class DeviceState:
     idle: bool = True
     link_bytes_per_s: float = LINK_BYTES_PER_S
     host_budget_bytes: int | None = None
-    runs_s: float = 0.0
-    others_bytes: int = 0
-    runs: Need | None = None
+    running_expected_s: float = 0.0
+    external_bytes: int = 0
+    running_need: Need | None = None
     free_at: float = 0.0
-    ahead: str | None = None
-    brought: frozenset[str] = frozenset()
-    copies: tuple[tuple[str, int], ...] = ()
+    prefetching_for: str | None = None
+    prefetched: frozenset[str] = frozenset()
+    host_copies: tuple[tuple[str, int], ...] = ()
 
     @property
-    def alone(self) -> "DeviceState":
-        """Once the other programs are gone."""
-        return replace(self, budget_bytes=self.budget_bytes + self.others_bytes, others_bytes=0)
+    def without_other_processes(self) -> "DeviceState":
+        """As if no other process used the device."""
+        return replace(self, budget_bytes=self.budget_bytes + self.external_bytes, external_bytes=0)
 
     @property
     def free_bytes(self) -> int:
@@ -50,9 +51,9 @@ class DeviceState:
         resident = dict(self.resident)
         return sum(max(0, weights_bytes - resident.get(key, 0)) for key, weights_bytes in need.components)
 
-    def without_brought(self) -> "DeviceState":
-        """As if nothing had been prefetched, but for the room that it takes."""
-        return replace(self, resident=tuple(entry for entry in self.resident if entry[0] not in self.brought))
+    def without_prefetched(self) -> "DeviceState":
+        """As if nothing had been prefetched; the bytes stay taken."""
+        return replace(self, resident=tuple(entry for entry in self.resident if entry[0] not in self.prefetched))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Plans: requests a minute and jobs at once, to the last digit, in the headers, and across restarts."""
+"""Rate limits and concurrency limits of plans: exact counts, headers, restarts."""
 
 import asyncio
 from collections import Counter
@@ -23,14 +23,14 @@ def codes(answers: list[httpx.Response]) -> Counter[str]:
 
 
 @app_test()
-async def test_of_200_calls_at_once_exactly_as_many_pass_as_the_plan_allows(app: InProcessApp):
+async def test_of_200_concurrent_calls_exactly_the_quota_passes(app: InProcessApp):
     ada = app.create_user(plan="pro", credits=1000)
     bodies = [ada.ask(GENERATE, {"model": "plain"}) for _ in range(200)]  # no prompt: counted, and then refused
     assert codes(await asyncio.gather(*bodies)) == {"VALIDATION_ERROR": 60, "RATE_LIMITED": 140}
 
 
 @app_test()
-async def test_more_keys_give_no_more(app: InProcessApp):
+async def test_more_keys_do_not_raise_the_limit(app: InProcessApp):
     ada = app.create_user(plan="free", credits=100)
     second = app.add_key(ada.id)
     answers = [await who.make() for who in (ada, second, ada, second, ada, second, ada)]
@@ -54,7 +54,7 @@ async def test_the_window_moves(app: InProcessApp):
 
 
 @app_test()
-async def test_looking_and_cancelling_are_not_counted(app: InProcessApp):
+async def test_reads_and_cancellations_are_not_counted(app: InProcessApp):
     ada = app.create_user(plan="free", credits=100)
     job = (await ada.make("hold", Prefer="respond-async")).json()
     for _ in range(10):
@@ -65,7 +65,7 @@ async def test_looking_and_cancelling_are_not_counted(app: InProcessApp):
 
 
 @app_test()
-async def test_every_answer_says_how_much_is_left(app: InProcessApp):
+async def test_every_response_has_the_remaining_quota(app: InProcessApp):
     ada = app.create_user(plan="basic", credits=100)
     answer = await ada.make()
     assert answer.headers["RateLimit-Policy"] == '"minute";q=15;w=60, "concurrent";q=3;qu="concurrent-requests"'
@@ -83,7 +83,7 @@ async def test_every_answer_says_how_much_is_left(app: InProcessApp):
 
 
 @app_test()
-async def test_over_the_minute(app: InProcessApp):
+async def test_over_the_rate_limit(app: InProcessApp):
     ada = app.create_user(plan="free", credits=100)
     for _ in range(5):
         await ada.make()
@@ -101,7 +101,7 @@ async def test_over_the_minute(app: InProcessApp):
 
 
 @app_test()
-async def test_over_the_jobs_at_once(app: InProcessApp):
+async def test_over_the_limit_of_concurrent_jobs(app: InProcessApp):
     ada = app.create_user(plan="basic", credits=100)
     answers = await asyncio.gather(*(ada.make("hold", Prefer="respond-async") for _ in range(15)))
     assert codes(list(answers)) == {"ok": 3, "CONCURRENCY_LIMIT": 12}
@@ -116,7 +116,7 @@ async def test_over_the_jobs_at_once(app: InProcessApp):
 
 
 @app_test()
-async def test_a_refusal_for_jobs_at_once_guesses_when_the_first_will_have_ended(app: InProcessApp):
+async def test_a_concurrency_refusal_estimates_when_a_job_ends(app: InProcessApp):
     ada = app.create_user(plan="free", credits=100)
     waiting = asyncio.create_task(ada.make("hold"))
     while not app.workers[0].held:
@@ -210,7 +210,7 @@ CALLS = st.lists(st.floats(0, 200).map(lambda second: NOW + second), max_size=60
 
 @given(CALLS, st.integers(1, 8))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
-def test_no_minute_ever_holds_more_than_the_plan_and_none_is_refused_that_would_fit(
+def test_no_window_ever_exceeds_the_quota_and_no_fitting_call_is_refused(
     store: JobStore, calls: list[float], most: int
 ):
     user = users.create_user(store.db, "Ada", f"{users.random_id()}@example.com", NOW)
@@ -228,7 +228,7 @@ def test_no_minute_ever_holds_more_than_the_plan_and_none_is_refused_that_would_
     assert len(store.db.execute("SELECT 1 FROM call WHERE user_id = ?", [user]).fetchall()) <= len(passed)
 
 
-def test_after_a_change_to_a_smaller_plan_the_wait_is_for_enough_calls_to_leave(store: JobStore):
+def test_after_a_downgrade_retry_after_waits_for_enough_calls_to_expire(store: JobStore):
     user = users.create_user(store.db, "Ada", "ada@example.com", NOW)
     for second in range(10):
         rate_limits.count_call(store.db, user, Plan("large", 60), None, NOW + second)
@@ -237,7 +237,7 @@ def test_after_a_change_to_a_smaller_plan_the_wait_is_for_enough_calls_to_leave(
     assert refused.value.extra["retryAfter"] == 55, "six of the ten have to leave, the sixth came at second 5"
 
 
-def test_what_a_wrong_clock_wrote_in_the_far_future_locks_nobody_out(store: JobStore):
+def test_calls_dated_in_the_far_future_do_not_block_a_user(store: JobStore):
     user = users.create_user(store.db, "Ada", "ada@example.com", NOW)
     rate_limits.count_call(store.db, user, Plan("x", 3), None, NOW + 86_400)
     rate_limits.count_call(store.db, user, Plan("x", 3), None, NOW)
@@ -245,7 +245,7 @@ def test_what_a_wrong_clock_wrote_in_the_far_future_locks_nobody_out(store: JobS
     assert standing.windows[0].used == 2
 
 
-def test_a_key_made_for_so_many_calls_makes_no_more(store: JobStore):
+def test_a_key_with_a_call_quota_stops_at_it(store: JobStore):
     user = users.create_user(store.db, "Ada", "ada@example.com", NOW)
     key_id, _ = keys.create_key(store.db, user, "few", NOW)
     store.db.execute("UPDATE apikey SET remaining = 1 WHERE id = ?", [key_id])

@@ -1,4 +1,4 @@
-"""Running the server over HTTP: who may, what is changed, and that all of it is written down."""
+"""Admin routes: authorization, changes to accounts, and the audit log."""
 
 import sqlite3
 import time
@@ -28,7 +28,7 @@ async def audit_log(app: InProcessApp) -> list[tuple[str, str, str]]:
 
 
 @app_test()
-async def test_only_admins_come_in(app: InProcessApp):
+async def test_only_admins_may_use_admin_routes(app: InProcessApp):
     ada, owner = app.create_user(), app.owner()
     assert (await ada.call("GET", "/api/admin/users")).json()["code"] == "SCOPE_REQUIRED"
     narrow = app.add_key(owner.id, scopes=["generate", "read"])
@@ -40,7 +40,7 @@ async def test_only_admins_come_in(app: InProcessApp):
 
 
 @app_test()
-async def test_a_key_for_looking_only_looks(app: InProcessApp):
+async def test_a_read_key_cannot_change_anything(app: InProcessApp):
     looker = app.add_key(app.create_user().id, scopes=["read"])
     assert await looker.balance() == 10
     refused = await looker.make()
@@ -49,7 +49,7 @@ async def test_a_key_for_looking_only_looks(app: InProcessApp):
 
 
 @app_test()
-async def test_users_are_made_found_and_changed(app: InProcessApp):
+async def test_users_are_created_found_and_changed(app: InProcessApp):
     owner = app.owner()
     made = await send(owner, "POST", "/users", {"email": "Bob@Example.com", "plan": "basic"})
     assert (made["email"], made["plan"], made["balance"], made["banned"]) == ("bob@example.com", "basic", 10, False)
@@ -68,7 +68,7 @@ async def test_users_are_made_found_and_changed(app: InProcessApp):
 
 
 @app_test()
-async def test_what_cannot_be_is_refused_and_not_written_down(app: InProcessApp):
+async def test_invalid_changes_are_refused_and_not_audited(app: InProcessApp):
     owner, ada = app.owner(), app.create_user()
     refusals = [
         ("POST", "/users", {"email": "ada@example.com"}, "CONFLICT"),
@@ -110,7 +110,7 @@ async def test_grants_show_in_the_ledger(app: InProcessApp):
 
 
 @app_test()
-async def test_a_banned_user_is_out_at_once_and_back_when_it_ends(app: InProcessApp):
+async def test_a_ban_applies_at_once_and_expires(app: InProcessApp):
     owner, ada = app.owner(), app.create_user()
     banned = await send(owner, "POST", f"/users/{ada.id}/ban", {"reason": "spam", "expiresAt": "2026-09-21T15:00:00Z"})
     assert (banned["banned"], banned["banReason"], banned["banExpires"]) == (True, "spam", "2026-09-21T15:00:00.000Z")
@@ -127,7 +127,7 @@ async def test_a_banned_user_is_out_at_once_and_back_when_it_ends(app: InProcess
 
 
 @app_test()
-async def test_keys_are_made_narrowed_and_revoked(app: InProcessApp):
+async def test_keys_are_created_narrowed_and_revoked(app: InProcessApp):
     owner, ada = app.owner(), app.create_user()
     order = {"userId": ada.id, "name": "camera", "scopes": ["read", "generate"], "perMinute": 2}
     made = await send(owner, "POST", "/keys", {**order, "expiresAt": "2027-01-01T00:00:00Z"})
@@ -160,7 +160,7 @@ async def test_an_expired_key_and_its_last_use(app: InProcessApp):
 
 
 @app_test()
-async def test_everyones_jobs_are_seen_and_cancelled(app: InProcessApp):
+async def test_admins_list_and_cancel_the_jobs_of_all_users(app: InProcessApp):
     owner, ada = app.owner(), app.create_user()
     running = (await ada.make("hold", Prefer="respond-async")).json()
     await ada.make("work", Prefer="respond-async")
@@ -200,7 +200,7 @@ async def test_ledger_and_audit_log_only_grow(app: InProcessApp):
 
 
 @app_test()
-async def test_an_act_that_cannot_be_written_down_does_not_happen(app: InProcessApp):
+async def test_an_action_that_cannot_be_audited_is_rolled_back(app: InProcessApp):
     ada = app.create_user()
     app.db.execute("CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
     with pytest.raises(sqlite3.IntegrityError):
@@ -211,7 +211,7 @@ async def test_an_act_that_cannot_be_written_down_does_not_happen(app: InProcess
 # The same at the command line
 
 
-def test_the_command_line_acts_and_writes_down(tmp_path: Path):
+def test_the_command_line_acts_and_is_audited(tmp_path: Path):
     def run(*words: str, code: int = 0) -> str:
         result = CliRunner().invoke(cli, [*words, "--data", str(tmp_path)])
         assert result.exit_code == code, result.output

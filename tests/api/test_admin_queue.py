@@ -1,4 +1,4 @@
-"""The queue over HTTP: what a caller sees of it, and what an admin may do to it."""
+"""The queue over HTTP: what callers see, and what admins may change."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ async def wait_in_line(who: ApiUser, prompt: str = "hold") -> str:
 
 
 @app_test()
-async def test_a_caller_sees_place_reason_and_start_and_what_is_left_of_a_run(app: InProcessApp):
+async def test_a_caller_sees_position_reason_start_and_remaining_seconds(app: InProcessApp):
     ada = app.create_user(credits=9)
     first, second = await wait_in_line(ada), await wait_in_line(ada)
     await app.settle()
@@ -33,7 +33,7 @@ async def test_a_caller_sees_place_reason_and_start_and_what_is_left_of_a_run(ap
 
 
 @app_test()
-async def test_an_admin_sees_the_queue_and_how_promises_were_kept(app: InProcessApp):
+async def test_an_admin_sees_the_queue_and_the_start_prediction_error(app: InProcessApp):
     ada = app.create_user(credits=9)
     first, second = await wait_in_line(ada), await wait_in_line(ada)
     await app.settle()
@@ -77,7 +77,7 @@ async def test_an_admin_drains_a_device(app: InProcessApp):
 
 
 @app_test()
-async def test_an_admin_says_who_goes_first(app: InProcessApp):
+async def test_an_admin_sets_priorities(app: InProcessApp):
     ada, owner = app.create_user(credits=9), app.owner()
     first, second, third = [await wait_in_line(ada) for _ in range(3)]
     await app.settle()
@@ -90,7 +90,7 @@ async def test_an_admin_says_who_goes_first(app: InProcessApp):
 
 
 @app_test(max_queued_each=1)
-async def test_whoever_has_too_many_waiting_is_told_when_to_come_again(app: InProcessApp):
+async def test_too_many_waiting_jobs_get_a_retry_after(app: InProcessApp):
     ada = app.create_user(credits=9)
     await wait_in_line(ada)
     await app.settle()

@@ -1,4 +1,4 @@
-"""What bad input gets: a clear error in the one envelope, nothing charged, nothing left behind."""
+"""Invalid requests: a clear error in the envelope, no charge, no stored file."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -85,7 +85,7 @@ def test_bad_input(live_server: LiveServer, case: str):
     assert answer.headers["content-type"] == "application/json"
 
 
-def test_a_dead_host_is_unreachable(live_server: LiveServer):
+def test_a_host_that_does_not_respond_is_unreachable(live_server: LiveServer):
     answer = live_server.ask(REMOVE, {"imageUrl": "https://nowhere.invalid/a.png"})
     assert (answer.status_code, answer.json()["code"]) == (400, "MEDIA_UNREACHABLE")
 
@@ -103,7 +103,7 @@ def test_a_body_over_the_limit(live_server: LiveServer):
     assert endless.status_code == 413
 
 
-def test_a_wrong_method_is_told_the_right_one(live_server: LiveServer):
+def test_a_wrong_method_gets_the_allowed_ones(live_server: LiveServer):
     answer = live_server.client.get(GENERATE)
     assert (answer.status_code, answer.json()["code"], answer.headers["allow"]) == (405, "METHOD_NOT_ALLOWED", "POST")
 
@@ -117,18 +117,18 @@ def test_a_path_that_is_not_there(live_server: LiveServer):
 
 
 @pytest.mark.parametrize("authorization", ["", "Bearer", "Bearer bnp_wrong", "Basic YTpi"])
-def test_without_a_good_key_nothing_is_told(live_server: LiveServer, authorization: str):
+def test_an_invalid_key_reveals_nothing(live_server: LiveServer, authorization: str):
     for method, route in (("POST", GENERATE), ("POST", UPSCALE), ("GET", "/api/jobs"), ("GET", "/api/credits")):
         answer = live_server.client.request(method, route, headers={"Authorization": authorization}, content=b"{")
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
-def test_an_explicit_null_is_as_good_as_nothing(live_server: LiveServer):
+def test_an_explicit_null_equals_a_missing_field(live_server: LiveServer):
     answer = live_server.ask(UPSCALE, {"imageUrl": None, "scale": None})
     assert answer.json()["code"] == "VALIDATION_ERROR"
 
 
-def test_limits_of_lists_are_told(live_server: LiveServer):
+def test_limits_of_lists_are_checked(live_server: LiveServer):
     answer = live_server.client.get("/api/jobs?limit=0")
     assert (answer.status_code, answer.json()["code"]) == (400, "VALIDATION_ERROR")

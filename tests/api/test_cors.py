@@ -1,4 +1,4 @@
-"""Pages of other origins: those that the operator trusts may call with a session, the others may not."""
+"""CORS and CSRF: pages of trusted origins may call with a session, other pages may not."""
 
 import httpx
 
@@ -10,7 +10,7 @@ STUDIO, EVIL = "https://studio.example", "https://evil.example"
 
 
 def browser(app: InProcessApp) -> httpx.AsyncClient:
-    """Somebody's browser, signed in."""
+    """A signed-in browser."""
     ada = app.create_user()
     with app.store.database.atomic() as db:
         secret = app.services.auth.secret
@@ -21,7 +21,7 @@ def browser(app: InProcessApp) -> httpx.AsyncClient:
 
 
 @app_test()
-async def test_a_session_makes_and_looks_as_a_key_does(app: InProcessApp):
+async def test_a_session_allows_what_a_key_does(app: InProcessApp):
     client = browser(app)
     assert (await client.post(GENERATE, json=BODY)).status_code == 200
     assert (await client.get("/api/credits")).json()["balance"] == 9

@@ -1,4 +1,4 @@
-"""The four routes and those beside them, over a real socket to real pipelines."""
+"""The generation, job, model and health routes, over a real socket to real pipelines."""
 
 import threading
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ GENERATE, UPSCALE, REMOVE = "/api/image/fal/generate", "/api/image/fal/upscale",
 
 @pytest.fixture(autouse=True)
 def nothing_runs_on(live_server: LiveServer) -> Iterator[None]:
-    """A test that fails half-way leaves no job behind that would hold up all the others."""
+    """Cancels the jobs that a failed test left, which would block the others."""
     yield
     for job in live_server.read("/api/jobs?limit=20")["jobs"]:
         if job["status"] in ("queued", "running"):
@@ -44,7 +44,7 @@ def test_image_to_image_keeps_the_shape(live_server: LiveServer, model: str, wor
     assert picture.size == (80, 48), "3:2 at the model's area, in steps of 16 pixels"
 
 
-def test_the_answers_seed_makes_the_same_picture_again(live_server: LiveServer):
+def test_the_same_seed_makes_the_same_image(live_server: LiveServer):
     first = live_server.ask(GENERATE, {"prompt": "a cat", "model": "flux-schnell"}).json()
     live_server.ask(GENERATE, {"prompt": "a dog", "model": "flux-dev"})
     second = live_server.ask(GENERATE, {"prompt": "a cat", "model": "flux-schnell", "seed": first["seed"]}).json()
@@ -93,7 +93,7 @@ def test_an_upload_is_an_input(live_server: LiveServer):
         assert live_server.ask(UPSCALE, {"imageUrl": answer.json()["url"]}).status_code == 200
 
 
-def test_headers_tell_of_the_job_and_the_credits(live_server: LiveServer):
+def test_headers_name_the_job_and_the_credits(live_server: LiveServer):
     before = live_server.balance()
     answer = live_server.ask(
         GENERATE, {"prompt": "a", "model": "flux-dev", "hue": "red", "negativePrompt": "b", "strength": 0.5}
@@ -124,7 +124,7 @@ def test_respond_async(live_server: LiveServer):
     assert waited.status_code == 200
 
 
-def test_jobs_wait_say_why_and_are_cancelled(live_server: LiveServer, tmp_path: Any):
+def test_queued_jobs_show_a_reason_and_can_be_cancelled(live_server: LiveServer, tmp_path: Any):
     flag = tmp_path / "go"
     before = live_server.balance()
     bodies = [{"prompt": prompt, "model": "wayward"} for prompt in (f"wait {flag}", "work", "work")]
@@ -145,7 +145,7 @@ def test_jobs_wait_say_why_and_are_cancelled(live_server: LiveServer, tmp_path: 
     assert live_server.balance() == before - 1, "only the one that ran is paid for"
 
 
-def test_an_open_post_whose_job_is_cancelled_is_told(live_server: LiveServer, tmp_path: Any):
+def test_a_waiting_request_whose_job_is_cancelled_gets_an_error(live_server: LiveServer, tmp_path: Any):
     answers = []
     body = {"prompt": f"wait {tmp_path / 'never'}", "model": "wayward"}
     waiting = threading.Thread(target=lambda: answers.append(live_server.ask(GENERATE, body)))
@@ -168,7 +168,7 @@ def test_an_open_post_whose_job_is_cancelled_is_told(live_server: LiveServer, tm
         ("refuse It has no ears.", 400, "INVALID_MEDIA"),
     ],
 )
-def test_what_fails_is_told_and_refunded_and_the_next_job_runs(
+def test_a_failed_job_is_reported_and_refunded_and_the_next_one_runs(
     live_server: LiveServer, prompt: str, status: int, code: str
 ):
     before, files = live_server.balance(), live_server.file_names()
@@ -202,14 +202,14 @@ def test_health(live_server: LiveServer):
     assert live_server.read("/readyz")["workers"] == {"cpu": "idle"}
 
 
-def test_content_type_and_accept_are_taken_as_the_hosted_service_takes_them(live_server: LiveServer):
+def test_content_type_and_accept_are_treated_as_by_the_hosted_service(live_server: LiveServer):
     answer = live_server.client.post(REMOVE, content=b"{}", headers={"Content-Type": "text/plain"})
     assert answer.json()["code"] == "VALIDATION_ERROR"
     problem = live_server.client.post(REMOVE, content=b"{}", headers={"Accept": "application/problem+json"})
     assert problem.headers["content-type"] == "application/problem+json"
 
 
-def test_the_openapi_document_tells_of_the_bodies(live_server: LiveServer):
+def test_the_openapi_document_describes_the_bodies(live_server: LiveServer):
     document = live_server.read("/api/openapi.json")
     schema = document["paths"][UPSCALE]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["properties"]["scale"]["enum"] == [2, 4]

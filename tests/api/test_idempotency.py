@@ -1,4 +1,4 @@
-"""Idempotency-Key: the same call twice is one job, one charge and one answer."""
+"""Idempotency-Key: a repeated call is one job, one charge and one response."""
 
 import asyncio
 from pathlib import Path
@@ -13,7 +13,7 @@ KEY = {"Idempotency_Key": "order-66"}
 
 
 @app_test()
-async def test_the_same_key_and_body_get_the_stored_answer_and_are_charged_once(app: InProcessApp):
+async def test_the_same_key_and_body_get_the_same_response_and_one_charge(app: InProcessApp):
     ada = app.create_user()
     first = await ada.make(hue="x", **KEY)
     second = await ada.make(hue="x", **KEY)
@@ -33,7 +33,7 @@ async def test_the_fields_that_had_no_effect_are_named_again(app: InProcessApp):
 
 
 @app_test()
-async def test_all_four_routes_keep_keys_each_for_itself(app: InProcessApp):
+async def test_keys_are_scoped_to_their_route(app: InProcessApp):
     ada = app.create_user()
     calls = [(f"/api/image/fal/{route}", {"imageUrl": picture()}) for route in ("upscale", "remove-bg")]
     calls.append((GENERATE, {"prompt": "work", "model": "plain"}))
@@ -54,7 +54,7 @@ async def test_another_body_is_refused(app: InProcessApp):
 
 
 @app_test()
-async def test_how_the_body_is_written_makes_no_difference(app: InProcessApp):
+async def test_the_formatting_of_the_body_makes_no_difference(app: InProcessApp):
     ada = app.create_user()
     texts = ['{"prompt":"a","model":"plain"}', '{ "model": "plain", "prompt": "\\u0061", "seed": null }']
     answers = [await ada.client.post(GENERATE, content=text, headers={"Idempotency-Key": "k"}) for text in texts]
@@ -62,7 +62,7 @@ async def test_how_the_body_is_written_makes_no_difference(app: InProcessApp):
 
 
 @app_test()
-async def test_two_at_the_same_instant_are_charged_once(app: InProcessApp):
+async def test_two_concurrent_calls_are_charged_once(app: InProcessApp):
     ada = app.create_user(plan="free")
     answers = await asyncio.gather(*(ada.make(**KEY) for _ in range(5)))
     assert {answer.status_code for answer in answers} == {200}
@@ -72,7 +72,7 @@ async def test_two_at_the_same_instant_are_charged_once(app: InProcessApp):
 
 
 @app_test()
-async def test_two_pictures_at_the_same_instant_leave_no_file_behind(app: InProcessApp):
+async def test_two_concurrent_uploads_leave_no_orphaned_file(app: InProcessApp):
     ada = app.create_user()
     body = {"imageUrl": picture()}
     await asyncio.gather(*(ada.ask("/api/image/fal/upscale", body, **KEY) for _ in range(5)))
@@ -107,7 +107,7 @@ async def test_a_generation_that_failed_fails_again_for_the_same_key(app: InProc
 
 
 @app_test()
-async def test_a_failure_for_want_of_room_is_tried_anew(app: InProcessApp):
+async def test_a_failure_for_lack_of_capacity_is_retried(app: InProcessApp):
     ada = app.create_user()
     answers = [await ada.make("fail DOES_NOT_FIT", **KEY) for _ in range(3)]
     assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(503, "DOES_NOT_FIT")}
@@ -116,7 +116,7 @@ async def test_a_failure_for_want_of_room_is_tried_anew(app: InProcessApp):
 
 
 @app_test()
-async def test_what_was_refused_before_it_was_a_job_is_not_kept(app: InProcessApp):
+async def test_a_request_refused_before_it_is_a_job_is_not_stored(app: InProcessApp):
     ada = app.create_user(credits=-10)
     assert (await ada.make(**KEY)).status_code == 402
     app.db.execute("UPDATE user SET balance = 5 WHERE id = ?", [ada.id])
@@ -136,7 +136,7 @@ async def test_a_replay_needs_no_free_slot_and_no_credits_but_counts_as_a_call(a
 
 
 @app_test()
-async def test_a_key_is_the_users_own_and_is_kept_for_a_day(app: InProcessApp):
+async def test_a_key_belongs_to_its_user_and_expires_after_a_day(app: InProcessApp):
     ada, bob = app.create_user(), app.create_user("bob")
     first = await ada.make(**KEY)
     assert (await bob.make(**KEY)).json() != first.json()

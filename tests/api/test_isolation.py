@@ -1,6 +1,6 @@
-"""Nobody sees or changes what is another's: every route of the app is called as somebody else, and as nobody.
+"""Isolation of users: every route of the app is called as another user, and without credentials.
 
-A route that is new fails here until it is said how to call it.
+A new route fails here until the test knows how to call it.
 """
 
 import logging
@@ -20,20 +20,20 @@ PUBLIC = {
     "/api/openapi.json", "/api/docs", "/docs/oauth2-redirect", "/redoc", "/healthz", "/readyz",
     "/files/{name}",  # whoever knows a file's unguessable name may read it, as with the hosted service's links
 }  # fmt: skip
-"""Needs no key, and tells of nobody."""
+"""Needs no key and returns no user's data."""
 
 AUTH = "/api/auth"
-"""Better Auth's routes, which say in their own way what needs a session."""
+"""Better Auth's routes, which have their own error for a missing session."""
 
 PROMPT, NAME, KEY_NAME, NOTE = "work on ada's secret", "Ada Secret", "ada's camera", "ada's bonus"
 ASYNC = {"Prefer": "respond-async"}
-"""The only worker is busy with what is to be cancelled by nobody."""
+"""The only worker runs a job that no other user may cancel."""
 PASSWORD = "correct horse battery"
 
 
 @dataclass
 class Victim:
-    """Somebody with one of everything."""
+    """A user with one row of everything."""
 
     id: str
     email: str
@@ -46,7 +46,7 @@ class Victim:
     upload: str
 
     def secrets(self) -> list[str]:
-        """What must not be in another's answer. Ids are no secrets: the other one sends them."""
+        """What must not be in a response to another user. Ids are not secret: the other user sends them."""
         return [PROMPT, NAME, KEY_NAME, NOTE, self.email, self.file, self.upload, self.key]
 
 
@@ -118,7 +118,7 @@ def bodies(ada: Victim) -> dict[str, Any]:
 
 
 def queries(ada: Victim) -> dict[str, str]:
-    """Where an id may be asked for in the query, that of somebody else."""
+    """The query: another user's id, where a route takes one."""
     return {
         f"{AUTH}/api-key/get": f"?id={ada.key_id}",
         "/api/jobs": f"?cursor={ada.job_id}",
@@ -129,13 +129,13 @@ def queries(ada: Victim) -> dict[str, str]:
 
 
 def routes(app: FastAPI) -> Iterator[tuple[str, str]]:
-    """(method, path) of every route there is."""
+    """(method, path) of every route."""
     for route in iter_route_contexts(app.routes):
         for method in sorted(route.methods or ()):
             yield method, str(route.path).replace(":path}", "}")
 
 
-def test_a_route_that_is_not_known_here_is_noticed():
+def test_a_route_unknown_to_this_test_fails_it():
     app = FastAPI(openapi_url=None)
     app.get("/api/new/{thing_id}")(lambda thing_id: None)
     ((method, path),) = [(method, path) for method, path in routes(app) if method == "GET"]
@@ -146,7 +146,7 @@ def test_a_route_that_is_not_known_here_is_noticed():
 
 
 def filled(method: str, path: str, ada: Victim) -> tuple[str, Any]:
-    """The path with somebody else's ids in it, and the body. Fails for what nobody said how to call."""
+    """The path with another user's ids, and the body. Fails for a route that it does not know."""
     known = parameters(ada) | {"name": NAMES.get(path, ada.file)}
     url = path
     for part in [part.split("}")[0] for part in path.split("{")[1:]]:
@@ -199,7 +199,7 @@ def belongings(app: InProcessApp, ada: Victim) -> list[Any]:
 
 
 @app_test(limit_sign_in=False)
-async def test_nobody_reaches_what_is_anothers(app: InProcessApp):
+async def test_no_route_reaches_data_of_another_user(app: InProcessApp):
     ada = await settle_in(app)
     before = belongings(app, ada)
     called = 0
@@ -222,7 +222,7 @@ async def test_nobody_reaches_what_is_anothers(app: InProcessApp):
 
 
 @app_test(limit_sign_in=False)
-async def test_nobody_comes_in_without_a_key_or_a_session(app: InProcessApp):
+async def test_no_route_works_without_a_key_or_a_session(app: InProcessApp):
     ada = await settle_in(app)
     before = belongings(app, ada)
     for method, path in routes(app.asgi):
@@ -237,8 +237,8 @@ async def test_nobody_comes_in_without_a_key_or_a_session(app: InProcessApp):
 
 
 @app_test()
-async def test_the_owner_of_all_that_does_see_it(app: InProcessApp):
-    """Else the walk would prove nothing."""
+async def test_the_owner_does_see_the_data(app: InProcessApp):
+    """Otherwise the other tests would prove nothing."""
     ada = await settle_in(app)
     person = ApiUser(ada.id, ada.key, app.client(ada.key))
     text = str([await person.read(path) for path in ("/api/jobs", "/api/credits/ledger", "/api/usage")])

@@ -1,4 +1,4 @@
-"""The open server: no key, no limits, and only for this machine."""
+"""The open server: no key, no limits, for this machine only."""
 
 import asyncio
 from pathlib import Path
@@ -15,7 +15,7 @@ BODY = {"prompt": "work", "model": "dear"}
 
 
 @app_test(open=True)
-async def test_no_key_is_needed_and_a_wrong_one_does_no_harm(app: InProcessApp):
+async def test_no_key_is_needed_and_a_wrong_one_is_ignored(app: InProcessApp):
     for client in (app.client(), app.client("bnp_whatever")):
         answer = await client.post(GENERATE, json=BODY)
         assert answer.status_code == 200, answer.text
@@ -72,7 +72,7 @@ def test_open_on_this_machine(host: str):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "studio.example"])
-def test_open_to_others_has_to_be_said_twice(host: str):
+def test_open_to_the_network_needs_a_second_option(host: str):
     with pytest.raises(OpenToAll, match="--open-to-the-network"):
         settings.check_settings(Settings(host=host, open=True))
     settings.check_settings(Settings(host=host, open=True, open_to_the_network=True))

@@ -184,12 +184,12 @@ def test_a_seed_is_a_file(live_server: LiveServer, model: str):
     assert made_by(live_server, {"model": model}).read_bytes() == made_by(live_server, {"model": model}).read_bytes()
 
 
-def test_the_price_is_by_the_second_that_was_asked_for(live_server: LiveServer):
+def test_the_price_is_per_requested_second(live_server: LiveServer):
     answer = live_server.ask(GENERATE, {"prompt": "a", "model": "wan-any", "duration": 2})
     assert answer.headers["X-Credits-Charged"] == "4"
 
 
-def test_the_job_tells_which_variant_ran_and_its_progress_ends_with_writing(live_server: LiveServer):
+def test_the_job_names_its_variant_and_its_progress_ends_with_writing(live_server: LiveServer):
     answer = live_server.ask(GENERATE, {"prompt": "a", "model": "wan-any"})
     job = live_server.read(f"/api/jobs/{answer.headers['X-Job-Id']}")
     assert (job["model"], job["output"]) == ("wan-t2v", answer.json())
@@ -239,7 +239,7 @@ def test_a_poster_stays_and_goes_with_its_video(tmp_path: Path):
         ({"model": "ltx", "workflow": "extend"}, "VALIDATION_ERROR", "extend needs a video"),
     ],
 )
-def test_what_there_is_not_is_refused_with_what_there_is(
+def test_unsupported_values_are_refused_with_the_supported_ones(
     live_server: LiveServer, body: dict[str, Any], code: str, words: str
 ):
     balance = live_server.balance()
@@ -249,7 +249,7 @@ def test_what_there_is_not_is_refused_with_what_there_is(
     assert live_server.balance() == balance
 
 
-def test_a_model_that_is_not_installed_says_what_to_pull(live_server: LiveServer):
+def test_a_model_that_is_not_installed_names_the_pull_command(live_server: LiveServer):
     answer = live_server.ask(GENERATE, {"prompt": "a", "model": "wan-none"})
     assert (answer.status_code, answer.json()["install"]) == (503, "plantain pull wan-none")
 

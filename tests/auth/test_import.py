@@ -87,7 +87,7 @@ def bring(store: JobStore, theirs: Theirs) -> str:
         return importer.summary(importer.import_database(db, SECRET, theirs.path, NOW))
 
 
-def test_users_come_with_all_that_is_theirs_once(store: JobStore, theirs: Theirs):
+def test_users_are_imported_with_all_their_rows_once(store: JobStore, theirs: Theirs):
     theirs.add_user("ada", role="user,admin")
     theirs.add_user("grace")
     theirs.add("apikey", id="k", configId="default", start="bnp_Ab", referenceId="ada", prefix="bnp_", enabled=1,
@@ -101,7 +101,7 @@ def test_users_come_with_all_that_is_theirs_once(store: JobStore, theirs: Theirs
     assert [each.token for each in of_user(store.db, SECRET, "grace", NOW)] == ["token-of-grace"]
 
 
-def test_whoever_is_here_already_is_left_alone(store: JobStore, theirs: Theirs):
+def test_an_existing_user_is_skipped(store: JobStore, theirs: Theirs):
     own = users.create_user(store.db, "Ada", "ada@example.com", NOW)
     theirs.add_user("ada")
     assert bring(store, theirs) == "0 users, 0 passwords, 0 sessions, 0 keys, 1 skipped"
@@ -109,7 +109,7 @@ def test_whoever_is_here_already_is_left_alone(store: JobStore, theirs: Theirs):
     assert of_user(store.db, SECRET, own, NOW) == []
 
 
-def test_what_has_expired_and_other_ways_to_sign_in_are_left_behind(store: JobStore, theirs: Theirs):
+def test_expired_rows_and_other_sign_in_methods_are_not_imported(store: JobStore, theirs: Theirs):
     theirs.add_user("ada")
     theirs.add("session", id="old", token="old", userId="ada", expiresAt=iso(NOW - 1))
     theirs.add("account", id="g", accountId="7", providerId="google", userId="ada", accessToken="secret")
@@ -139,7 +139,7 @@ def test_keys_of_the_plugin_before_1_5(store: JobStore, tmp_path: Path):
     theirs.db.close()
 
 
-def test_what_is_no_such_database_is_refused(store: JobStore, tmp_path: Path):
+def test_another_database_is_refused(store: JobStore, tmp_path: Path):
     (tmp_path / "text").write_text("not a database, but long enough to look at")
     sqlite3.connect(tmp_path / "other").executescript("CREATE TABLE user (id)")
     for name in ("text", "other"):

@@ -1,4 +1,4 @@
-"""Mails: to a mail server on loopback, or into a file for the operator's eyes."""
+"""E-mail: through an SMTP server on loopback, or into a file."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ MAIL = Mail("ada@example.com", "Reset your password", "Open http://127.0.0.1/x?t
 
 
 class Conversation(socketserver.StreamRequestHandler):
-    """As much of a mail server as one mail needs; no TLS."""
+    """A minimal SMTP server, without TLS."""
 
     def handle(self) -> None:
         said: list[str] = self.server.said  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ class Conversation(socketserver.StreamRequestHandler):
 
 @contextmanager
 def mail_server() -> Iterator[tuple[str, list[str]]]:
-    """Its address, and what clients say to it."""
+    """Its address, and the lines that clients send."""
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Conversation) as server:
         server.said = []  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=[0.01])
@@ -69,7 +69,7 @@ def send(box: Mailer, mail: Mail = MAIL) -> None:
     asyncio.run(tell())
 
 
-def test_a_mail_server_is_given_the_mail(tmp_path: Path):
+def test_mail_is_sent_through_smtp(tmp_path: Path):
     with mail_server() as (address, said):
         send(mail.from_settings(Settings(data=tmp_path, smtp_url=f"smtp://{address}", mail_from="it@studio.example")))
     message = message_from_bytes(next(each for each in said if "Subject" in each).encode(), policy=policy.default)
@@ -85,13 +85,13 @@ def test_a_password_is_not_sent_in_clear(tmp_path: Path, caplog: pytest.LogCaptu
     assert "could not be sent" in caplog.text and "hunter2" not in caplog.text
 
 
-def test_a_mail_server_that_is_away_is_logged_without_the_mail(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_an_unreachable_mail_server_is_logged_without_the_mail(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     send(mail.from_settings(Settings(data=tmp_path, smtp_url="smtp://127.0.0.1:1")))
     assert "could not be sent" in caplog.text and "verysecret" not in caplog.text
 
 
 @pytest.mark.parametrize("more", [{}, {"smtp_url": "smtp://mail.example", "offline": True}])
-def test_without_a_mail_server_mails_lie_in_a_file_for_the_operator(
+def test_without_a_mail_server_mails_are_written_to_a_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, more: dict
 ):
     caplog.set_level(logging.INFO)
@@ -105,7 +105,7 @@ def test_without_a_mail_server_mails_lie_in_a_file_for_the_operator(
     assert "outbox.log" in caplog.text and "verysecret" not in caplog.text
 
 
-def test_work_that_breaks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_failed_background_work_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     async def tell() -> None:
         async def breaks() -> None:
             raise RuntimeError("nobody asked")
@@ -118,7 +118,7 @@ def test_work_that_breaks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "A mail could not be prepared: RuntimeError" in caplog.text
 
 
-def test_no_header_can_be_slipped_in():
+def test_headers_cannot_be_injected():
     with pytest.raises(ValueError, match="linefeed"):
         mail.message_of(Mail("a@b.co\nBcc: all@b.co", "x", "y"), "me@b.co")
 

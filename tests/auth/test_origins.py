@@ -1,4 +1,4 @@
-"""Which pages may use a session, where people may be sent, and how often one may try."""
+"""Origin checks, redirect targets and the rate limit of `/api/auth`."""
 
 import pytest
 from starlette.requests import Request
@@ -62,7 +62,7 @@ def test_trust(origin: str, trusted: bool):
         ("http://[", False),
     ],
 )
-def test_where_people_may_be_sent(url: str, may: bool):
+def test_redirect_targets(url: str, may: bool):
     assert ORIGINS.may_redirect_to(url) is may
 
 
@@ -121,7 +121,7 @@ def refusal(call: Request, *, signs_in: bool) -> str | None:
         ({"sec_fetch_site": "cross-site"}, False),
     ],
 )
-def test_calls_of_other_routes_that_a_cookie_opens(given: dict[str, str], allowed: bool):
+def test_calls_of_other_routes_with_a_cookie(given: dict[str, str], allowed: bool):
     origins.check_call(request("GET", **given), ORIGINS)
     if allowed:
         return origins.check_call(request(**given), ORIGINS)
@@ -169,7 +169,7 @@ def test_other_routes_take_a_hundred_and_mails_three_a_minute():
     assert [sign_in_limiter.retry_after_s("a", "/request-password-reset", 0) for _ in range(4)] == [0, 0, 0, 60]
 
 
-def test_whoever_has_a_network_counts_once():
+def test_addresses_of_one_network_count_as_one():
     assert network_of("2001:db8::1") == network_of("2001:db8::ffff") != network_of("2001:db8:0:1::1")
     assert network_of("::ffff:1.2.3.4") == network_of("1.2.3.4") == "1.2.3.4"
     assert network_of("somewhere") == "somewhere"

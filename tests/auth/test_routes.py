@@ -1,4 +1,4 @@
-"""`/api/auth` in-process: lives of sessions by a clock that stands still, what is stored, and what a stranger gets."""
+"""`/api/auth` in-process: session lifetimes under a test clock, what is stored, and refusals."""
 
 import asyncio
 import base64
@@ -33,7 +33,7 @@ async def session(client: httpx.AsyncClient, query: str = "") -> Any:
 
 
 @app_test(limit_sign_in=False)
-async def test_a_session_is_lengthened_once_a_day(app: InProcessApp) -> None:
+async def test_a_session_is_renewed_once_a_day(app: InProcessApp) -> None:
     client = await signed_up(app)
     assert (await session(client))["session"]["expiresAt"] == iso(NOW + 7 * DAY_S)
     app.clock.now = NOW + DAY_S - 60
@@ -112,7 +112,7 @@ def test_no_secret_is_in_any_log(tmp_path: Any, caplog: pytest.LogCaptureFixture
 
 
 @app_test(limit_sign_in=False)
-async def test_deleting_an_account_leaves_the_books_and_nothing_of_the_person(app: InProcessApp) -> None:
+async def test_deleting_an_account_keeps_the_ledger_and_no_personal_data(app: InProcessApp) -> None:
     client = await signed_up(app)
     user_id = (await session(client))["user"]["id"]
     made = await client.post("/api/image/fal/generate", json={"prompt": "my secret garden", "model": "plain"})
@@ -138,7 +138,7 @@ async def test_deleting_an_account_leaves_the_books_and_nothing_of_the_person(ap
 
 
 @app_test(limit_sign_in=False)
-async def test_a_banned_user_is_out_at_once_until_the_ban_ends(app: InProcessApp) -> None:
+async def test_a_ban_ends_sessions_at_once_and_expires(app: InProcessApp) -> None:
     client = await signed_up(app)
     app.db.execute("UPDATE user SET banned = 1, banExpires = ? WHERE email = ?", [iso(NOW + 60), BODY["email"]])
     assert await session(client) is None
@@ -200,7 +200,7 @@ def test_every_route_is_in_the_docs():
         ("POST", "/api/auth/api-key/delete-all-expired-api-keys"),
     ],
 )
-def test_what_there_is_not_is_404_without_a_body(tmp_path: Any, method: str, path: str):
+def test_unknown_paths_are_404_without_a_body(tmp_path: Any, method: str, path: str):
     @app_test()
     async def story(app: InProcessApp) -> None:
         answer = await app.client().request(method, path)
@@ -236,7 +236,7 @@ def test_bad_bodies(tmp_path: Any, body: bytes, kind: str, status: int, code: st
 
 
 @app_test()
-async def test_what_is_wrong_with_a_body_is_told_in_the_real_words(app: InProcessApp) -> None:
+async def test_body_errors_have_upstreams_texts(app: InProcessApp) -> None:
     answer = await app.client().post("/api/auth/sign-up/email", json={"name": 5, "email": "a@b.co"})
     assert answer.json()["message"] == (
         "[body.name] Invalid input: expected string, received number; "

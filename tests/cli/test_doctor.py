@@ -1,4 +1,4 @@
-"""`plantain doctor`: what it finds, and what it does not give away."""
+"""`plantain doctor`: its findings, and that it does not reveal the key."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_weights_and_their_terms(tmp_path: Path):
     )
 
 
-def test_what_is_compiled_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_models_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "weights.toml").write_text(table("fast", tmp_path, "compiled = true") + table("plain", tmp_path))
     catalog = load_catalog(tmp_path / "weights.toml")
     monkeypatch.delenv("CC", raising=False)
@@ -64,7 +64,7 @@ def test_what_is_compiled_without_a_compiler(tmp_path: Path, monkeypatch: pytest
         ({"fal_key": "secret", "route": "local-only"}, "out of reach: this server runs everything itself."),
     ],
 )
-def test_the_way_to_fal(tmp_path: Path, settings: dict[str, object], text: str):
+def test_the_connection_to_fal(tmp_path: Path, settings: dict[str, object], text: str):
     assert [finding.text for finding in findings("fal.ai", Settings(tmp_path, **settings))] == [text]
 
 

@@ -273,7 +273,7 @@ def test_who_has_had_how_much_is_known_after_a_restart(tmp_path: Path):
     store.database.close()
     user, shares = books[0]
     assert again.spent(user) == pytest.approx(shares.spent(user)) == pytest.approx(30.0)
-    assert again.turn_at[user] == shares.turn_at[user]
+    assert again.last_start_at[user] == shares.last_start_at[user]
 
 
 @told()

@@ -27,7 +27,7 @@ class Watched:
         self.live_server, self.folder = live_server, folder
         self.log: list[Any] = []
         dispatcher = live_server.services.dispatcher
-        dispatcher.state.queue.policy = Policy(worth_bytes=1)
+        dispatcher.state.queue.policy = Policy(min_prefetch_bytes=1)
         self.worker = dispatcher.state.workers["cpu"]
         supervisor = self.worker.supervisor
         send, on_event = supervisor.send, supervisor._on_event
@@ -117,7 +117,7 @@ def test_the_second_jobs_components_are_resident_before_its_run_begins(it: Watch
     state = it.device()["prefetch"]
     assert (state["jobId"], state["ended"], state["failure"]) == (second, True, None)
     assert {each["name"] for each in state["components"]} == {"text_encoder", "text_encoder_2", "transformer", "vae"}
-    assert "brings its weights meanwhile" in it.live_server.read(f"/api/jobs/{second}")["queue"]["reason"]
+    assert "loads its weights meanwhile" in it.live_server.read(f"/api/jobs/{second}")["queue"]["reason"]
     where = ["--data", str(settings.data), "--weights-toml", str(settings.weights_toml)]
     told = CliRunner().invoke(app, ["devices", *where], env={"COLUMNS": "200"})
     assert f"prefetched for {second}: text_encoder (" in told.output

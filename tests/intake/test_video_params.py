@@ -116,7 +116,9 @@ def test_a_reference_video_is_followed_as_long_as_it_lasts():
         ({"aspectRatio": "21:9"}, "UNSUPPORTED_ASPECT_RATIO", {"aspectRatios": ["16:9", "9:16", "1:1", "4:3", "3:4"]}),
     ],
 )
-def test_what_there_is_not_is_refused_with_what_there_is(sent: dict[str, Any], code: str, there_is: dict[str, Any]):
+def test_unsupported_values_are_refused_with_the_supported_ones(
+    sent: dict[str, Any], code: str, there_is: dict[str, Any]
+):
     with pytest.raises(BadRequest) as caught:
         resolved(WAN, "text-to-video", **sent)
     assert caught.value.code == code

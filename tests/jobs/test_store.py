@@ -84,7 +84,7 @@ def test_a_job_ends_once_and_is_refunded_once(store: JobStore, user: str):
     assert kinds(store, user) == [("grant", 10, 10), ("charge", -3, 7), ("refund", 3, 10)]
 
 
-def test_a_job_whose_worker_dies_runs_again_once_and_then_fails_with_a_refund(store: JobStore, user: str):
+def test_a_job_whose_worker_crashes_runs_again_once_then_fails_with_a_refund(store: JobStore, user: str):
     store.insert(new_job(user), NOW)
     store.start("job_1", "cpu", NOW)
     again = store.requeue("job_1", NOW)
@@ -95,7 +95,7 @@ def test_a_job_whose_worker_dies_runs_again_once_and_then_fails_with_a_refund(st
     assert ledger.balance(store.db, user) == 10
 
 
-def test_a_server_that_comes_back_takes_up_what_the_dead_one_left(tmp_path: Path):
+def test_a_restarted_server_recovers_unfinished_jobs(tmp_path: Path):
     path = tmp_path / "plantain.sqlite"
     first = JobStore(Database(path))
     user = users.create_user(first.db, "Ada", "ada@example.com", NOW)
@@ -112,7 +112,7 @@ def test_a_server_that_comes_back_takes_up_what_the_dead_one_left(tmp_path: Path
     second.database.close()
 
 
-def test_lists_go_from_new_to_old_page_by_page(store: JobStore, user: str):
+def test_lists_are_paginated_newest_first(store: JobStore, user: str):
     for number in (1, 2, 3):
         store.insert(new_job(user, number, credits=1), NOW)
     first = store.jobs(user, None, 2)
@@ -135,13 +135,13 @@ def test_keys_are_stored_hashed_and_stop_when_revoked_or_expired(store: JobStore
         keys.authenticate(store.db, key, NOW)
 
 
-def test_the_owner_is_made_on_the_first_start_only(store: JobStore):
+def test_the_owner_is_created_on_the_first_start_only(store: JobStore):
     key = admin.create_owner(store.db, NOW)
     assert key and keys.authenticate(store.db, key, NOW).role == "admin"
     assert admin.create_owner(store.db, NOW) is None
 
 
-def test_a_balance_covers_exactly_what_it_covers_however_many_call_at_once(tmp_path: Path):
+def test_concurrent_charges_never_exceed_the_balance(tmp_path: Path):
     path = tmp_path / "plantain.sqlite"
     store = JobStore(Database(path))
     user = users.create_user(store.db, "Ada", "ada@example.com", NOW)

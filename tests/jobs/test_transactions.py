@@ -1,4 +1,4 @@
-"""Credits whatever fails when: statements that break off, several writers at once, processes that are killed."""
+"""Credits under failures: interrupted statements, concurrent writers, killed processes."""
 
 import contextlib
 import random
@@ -23,11 +23,11 @@ NOW = 1_790_000_000.0
 REFUSED = (InsufficientCredits, ConcurrencyLimit, KeyAlreadyClaimed, sqlite3.IntegrityError)
 ACTS = ["insert", "start", "succeed", "fail", "cancel", "requeue", "recover"]
 STEPS = st.lists(st.tuples(st.sampled_from(ACTS), st.integers(1, 5), st.integers(4, 400)), max_size=30)
-"""What, to which job, and after how many of SQLite's instructions it breaks off: not in opening the transaction."""
+"""The step, its job, and the number of SQLite instructions after which it is interrupted, within the transaction."""
 
 
 def act(store: JobStore, user: str, step: str, number: int) -> None:
-    """One thing that happens to a job; what may not be is refused."""
+    """One step of a job; an invalid one is refused."""
     job_id = f"job_{number}"
     try:
         match step:
@@ -67,7 +67,7 @@ def new_job(user: str, number: int) -> NewJob:
 
 
 def check_books(store: JobStore, user: str) -> None:
-    """Whatever happened: the ledger adds up, nothing is below zero, each charge is paid back once or not at all."""
+    """The ledger adds up, no balance is negative, each charge is refunded at most once."""
     entries = ledger.entries(store.db, user, None, 10**6)
     assert ledger.balance(store.db, user) == sum(entry["amount"] for entry in entries) >= 0
     assert all(entry["balance"] >= 0 for entry in entries)
@@ -86,10 +86,8 @@ def check_books(store: JobStore, user: str) -> None:
 
 @given(STEPS)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
-def test_an_act_that_breaks_off_anywhere_leaves_nothing_half_done(
-    tmp_path_factory: pytest.TempPathFactory, steps: list
-):
-    """SQLite is made to give up once, after so many of its instructions, wherever that is."""
+def test_an_interrupted_transaction_leaves_no_partial_change(tmp_path_factory: pytest.TempPathFactory, steps: list):
+    """SQLite is interrupted once, after a given number of its instructions."""
     store = JobStore(Database(tmp_path_factory.mktemp("store") / "plantain.sqlite"))
     user = users.create_user(store.db, "Ada", "ada@example.com", NOW)
     for step, number, instructions in steps:
@@ -126,7 +124,7 @@ def test_two_writers_at_once(tmp_path_factory: pytest.TempPathFactory, one: list
 
 
 def test_processes_that_are_killed_at_any_moment(tmp_path: Path):
-    """Two at a time do this and that to the same jobs and say so, and are killed after a random number of lines.
+    """Two processes at a time change the same jobs and print each step; they are killed after a random number of lines.
 
     How much comes of it depends on how they meet: there are at least four rounds, and as many as it takes.
     """
@@ -160,7 +158,7 @@ def test_processes_that_are_killed_at_any_moment(tmp_path: Path):
 
 
 def trouble(path: str, user: str, seed: str) -> None:
-    """A process that acts at random until somebody ends it."""
+    """A process that takes random steps until it is killed."""
     chance = random.Random(seed)
     store = JobStore(Database(Path(path)))
     while True:

@@ -68,19 +68,19 @@ def test_what_is_taken_is_what_the_budget_lacks():
 
 def test_a_plan_goes_by_what_is_left_and_a_job_waits_for_the_rest():
     it = need(pixels=2)
-    roomy, taken_of = DeviceState("gpu0", 110), DeviceState("gpu0", 70, others_bytes=40)
+    roomy, taken_of = DeviceState("gpu0", 110), DeviceState("gpu0", 70, external_bytes=40)
     assert (choose_mode(it, roomy), choose_mode(it, taken_of)) == (ExecutionMode("resident"), ExecutionMode("staged"))
-    small = DeviceState("gpu0", 20, others_bytes=90)
+    small = DeviceState("gpu0", 20, external_bytes=90)
     assert choose_mode(it, small) is None
     assert refusal(it, [small]) is None, "it could run, were it alone"
     assert plan([WaitingJob("j1", it)], [small]) == []
     assert plan([WaitingJob("j1", it)], [taken_of]) == [Start("j1", "gpu0")]
-    assert refusal(it, [DeviceState("gpu0", 20, others_bytes=5)]) is not None
+    assert refusal(it, [DeviceState("gpu0", 20, external_bytes=5)]) is not None
 
 
 def test_a_waiting_job_says_who_has_the_memory():
     large = Need((("a", 20 * GIB),), GIB)
-    busy = DeviceState("gpu0", 12 * GIB, others_bytes=10 * GIB)
+    busy = DeviceState("gpu0", 12 * GIB, external_bytes=10 * GIB)
     said = reason(large, QueuePosition(1), [busy], {"gpu0": "GPU 0"}, NOW)
     assert said == "needs 21.0 GiB; other programs have 10.0 GiB of GPU 0"
 
@@ -140,12 +140,12 @@ async def test_what_a_job_takes_while_it_runs_is_not_taken_for_another_programs(
         says(it, 0)  # the worker's allocator has not given its memory back yet
         CLOCK[0] += 5
         await it.settle()
-    assert it.dispatcher.state.devices[0].others_bytes == 0
+    assert it.dispatcher.state.devices[0].external_bytes == 0
     it.worker().says(Resident((("a", 10 * GIB),)))
     for _ in range(4):
         says(it, 12 * GIB)
         CLOCK[0] += 5
         await it.settle()
-    assert it.dispatcher.state.devices[0].others_bytes == 0
+    assert it.dispatcher.state.devices[0].external_bytes == 0
     state = it.dispatcher.status.device(it.dispatcher.state.workers["gpu0"])
     assert (state["budgetBytes"], state["othersBytes"]) == (20 * GIB, 0)

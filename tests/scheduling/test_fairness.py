@@ -35,7 +35,7 @@ def order(runs: Sequence[Run]) -> list[str]:
 
 def test_whoever_has_had_least_goes_first():
     jobs = [waiting("a1", "ada"), waiting("b1", "bob")]
-    assert plan(jobs, [device()], shares=Shares(spent_s={"ada": 5.0, "bob": 2.0})) == [Start("b1", "gpu0")]
+    assert plan(jobs, [device()], shares=Shares(virtual_time_s={"ada": 5.0, "bob": 2.0})) == [Start("b1", "gpu0")]
 
 
 def test_a_batch_does_not_hold_up_the_others():
@@ -71,7 +71,7 @@ def test_short_jobs_go_before_long_ones_of_users_who_have_had_the_same():
 
 def test_long_jobs_leave_half_of_the_devices_to_short_ones():
     films = [waiting(f"film{n}", expected_s=200.0) for n in range(3)]
-    boxes = [replace(device("gpu0"), idle=False, runs_s=200.0), device("gpu1")]
+    boxes = [replace(device("gpu0"), idle=False, running_expected_s=200.0), device("gpu1")]
     assert plan([*films, waiting("picture", "bob", B)], boxes) == [Start("picture", "gpu1")]
     assert plan(films, boxes) == [Start("film0", "gpu1")], "but nothing idles for nothing"
 
@@ -80,8 +80,8 @@ def test_a_device_stays_with_its_weights_and_leaves_before_it_would_be_unfair():
     """Loading takes 0.1 s, 20 s with the quantum: so far may ada get ahead of bob, or less if his job waits."""
     jobs = [waiting(f"a{n}", "ada", A) for n in range(40)] + [waiting("b1", "bob", B)]
     boxes = [device("gpu0", "a", link=100.0)]
-    assert 15 <= order(lived(jobs, boxes, Policy(wear=0.0))).index("b1") <= 21
-    assert 2 <= order(lived(jobs, boxes, Policy(wear=5.0))).index("b1") <= 4
+    assert 15 <= order(lived(jobs, boxes, Policy(switch_penalty_decay=0.0))).index("b1") <= 21
+    assert 2 <= order(lived(jobs, boxes, Policy(switch_penalty_decay=5.0))).index("b1") <= 4
 
 
 def test_an_admin_puts_jobs_in_front_and_behind():
@@ -91,15 +91,15 @@ def test_an_admin_puts_jobs_in_front_and_behind():
 
 def test_whoever_waits_for_too_long_goes_next_whatever_it_costs():
     jobs = [waiting("old", "ada", B, created_at=0.0), waiting("warm", "bob", A, created_at=90.0)]
-    policy, far_ahead = Policy(age_cap_s=60.0), Shares(spent_s={"ada": 1e6, "bob": 0.0})
+    policy, far_ahead = Policy(max_wait_s=60.0), Shares(virtual_time_s={"ada": 1e6, "bob": 0.0})
     assert plan(jobs, [device("gpu0", "a")], 59.0, far_ahead, policy) == [Start("warm", "gpu0")]
     assert plan(jobs, [device("gpu0", "a")], 61.0, far_ahead, policy) == [Evict("gpu0", "a"), Start("old", "gpu0")]
 
 
 def test_the_turn_of_an_overdue_batch_comes_once_and_then_it_is_another_one_s():
     jobs = [waiting("a1", created_at=0.0), waiting("a2", created_at=0.0), waiting("b1", "bob", created_at=10.0)]
-    late = Shares(spent_s={"ada": 0.0, "bob": 1e6}, turn_at={"ada": 50.0})
-    assert plan(jobs[1:], [device()], 60.0, late, Policy(age_cap_s=20.0)) == [Start("b1", "gpu0")]
+    late = Shares(virtual_time_s={"ada": 0.0, "bob": 1e6}, last_start_at={"ada": 50.0})
+    assert plan(jobs[1:], [device()], 60.0, late, Policy(max_wait_s=20.0)) == [Start("b1", "gpu0")]
 
 
 def test_fair_divisions_and_how_fair_one_is():
@@ -145,7 +145,7 @@ def able_count(job: WaitingJob, boxes: Sequence[DeviceState]) -> int:
 @given(JOBS, BOXES, st.sampled_from([0.0, 5.0, 50.0]))
 def test_nobody_waits_longer_than_promised(jobs: list[WaitingJob], boxes: list[DeviceState], cap_s: float):
     """The formula of `docs/scheduling.md`, whatever comes: (own jobs before it + 1) x (A + R x (1 + (U - 1) / k))."""
-    runs = lived(jobs, boxes, Policy(age_cap_s=cap_s))
+    runs = lived(jobs, boxes, Policy(max_wait_s=cap_s))
     assert sorted(order(runs)) == sorted(job.job_id for job in jobs), "every job runs, once"
     longest_s = max(run.ends_at - run.starts_at for run in runs)
     users = {job.user_id for job in jobs}
@@ -189,7 +189,7 @@ def test_users_who_always_wait_get_the_same_but_for_one_round(users: int, device
         waiting(f"{user}-{n}", f"user{user}", expected_s=lengths_s[user]) for user in range(users) for n in range(40)
     ]
     boxes = [device(f"gpu{n}", "a") for n in range(devices)]
-    runs = lived(jobs, boxes, Policy(length_bias=0.0, age_cap_s=1e9))
+    runs = lived(jobs, boxes, Policy(length_bias=0.0, max_wait_s=1e9))
     until_s = min(max(run.ends_at for run in runs if run.job.user_id == f"user{user}") for user in range(users))
     served = [
         sum(run.job.expected_s for run in runs if run.job.user_id == f"user{user}" and run.starts_at < until_s)

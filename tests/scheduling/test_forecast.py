@@ -43,8 +43,8 @@ def test_whoever_has_had_less_is_expected_before_an_older_batch():
     turns = FairShareAccounting()
     jobs = [waiting(n) for n in range(3)] + [waiting(3, "bob")]
     for job in jobs:
-        turns.came(job)
-    turns.started(jobs[0], 0.0)
+        turns.on_submitted(job)
+    turns.on_started(jobs[0], 0.0)
     places = forecast(jobs[1:], [busy("gpu0")], {"gpu0": 10.0}, 0.0, turns)
     assert [places[f"j{n}"].position for n in (1, 2, 3)] == [2, 3, 1]
 
@@ -87,13 +87,13 @@ def test_if_nothing_more_comes_and_times_are_right_every_promise_is_kept(asked: 
 
 def test_times_are_learned_and_guessed_from_the_nearest_shape():
     timings = DurationEstimates([])
-    assert timings.expect("wan", "text-to-video", 100, "video") == 180.0
-    assert timings.learn("wan", "text-to-video", 100, 20.0) == DurationEstimate("wan", "text-to-video", 100, 20.0, 1)
-    assert timings.learn("wan", "text-to-video", 100, 30.0).run_s == 23.0
-    assert timings.expect("wan", "text-to-video", 200, "video") == 46.0
-    timings.learn("wan", "text-to-video", 400, 60.0)
-    assert timings.expect("wan", "text-to-video", 380, "video") == 57.0
-    assert timings.expect("wan", "extend", 100, "video") == 180.0, "another workflow is another matter"
+    assert timings.expected_s("wan", "text-to-video", 100, "video") == 180.0
+    assert timings.update("wan", "text-to-video", 100, 20.0) == DurationEstimate("wan", "text-to-video", 100, 20.0, 1)
+    assert timings.update("wan", "text-to-video", 100, 30.0).run_s == 23.0
+    assert timings.expected_s("wan", "text-to-video", 200, "video") == 46.0
+    timings.update("wan", "text-to-video", 400, 60.0)
+    assert timings.expected_s("wan", "text-to-video", 380, "video") == 57.0
+    assert timings.expected_s("wan", "extend", 100, "video") == 180.0, "another workflow is another matter"
 
 
 def test_a_job_is_given_ten_times_its_length_and_its_weights_time_to_be_read():

@@ -161,7 +161,7 @@ def test_whatever_the_sizes_the_chosen_way_fits(
         assert it.bytes_in(way) <= budget
         for key, kept_bytes in it.kept(budget, way):
             assert 0 <= kept_bytes <= sum(blocks)
-            assert it.least_bytes(key) + kept_bytes + it.phases[1].bytes_in(way) <= budget
+            assert it.min_streamed_bytes(key) + kept_bytes + it.phases[1].bytes_in(way) <= budget
 
 
 # After running out
@@ -205,7 +205,7 @@ def measured(
 
 def expected(peaks: PeakEstimates, pixels: int, way: ExecutionMode = RESIDENT) -> int:
     shape = Shape(pixels)
-    return need_of(weights(), WORKING, shape, peaks.learned("flux", WORKING, shape)).bytes_in(way) - 100
+    return need_of(weights(), WORKING, shape, peaks.estimates_for("flux", WORKING, shape)).bytes_in(way) - 100
 
 
 def test_a_shape_that_was_measured_is_expected_to_take_its_peak_and_headroom():

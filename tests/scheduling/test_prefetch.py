@@ -15,7 +15,7 @@ from server.scheduling.simulation import Run, Simulation
 from server.scheduling.types import Action, DeviceState, Evict, Prefetch, Start, WaitingJob
 from tests.scheduling.test_fairness import BOXES, JOBS
 
-EAGER, NEVER = Policy(worth_bytes=1), Policy(worth_bytes=float("inf"))
+EAGER, NEVER = Policy(min_prefetch_bytes=1), Policy(min_prefetch_bytes=float("inf"))
 
 
 def need(*keys: str, working: int = 5) -> Need:
@@ -29,7 +29,7 @@ def waiting(job_id: str, *keys: str, user: str = "ada", priority: int = 0) -> Wa
 def busy(name: str, runs: Need, *others: str, budget: int = 100, free_at: float = 9.0, **more: object) -> DeviceState:
     """A device that runs a job; others' components were used before its own."""
     resident = (*((key, 10) for key in others), *runs.components)
-    return DeviceState(name, budget, resident, idle=False, runs=runs, free_at=free_at, **more)  # type: ignore[arg-type]
+    return DeviceState(name, budget, resident, idle=False, running_need=runs, free_at=free_at, **more)  # type: ignore[arg-type]
 
 
 def planned(jobs: Sequence[WaitingJob], boxes: Sequence[DeviceState], policy: Policy = EAGER) -> list[Action]:
@@ -48,11 +48,11 @@ def test_nothing_is_brought_where_all_is_there_or_nothing_waits():
 
 
 def test_what_is_too_small_to_be_worth_it_is_left():
-    assert planned([waiting("j1", "b")], [busy("gpu0", need("a"))], Policy(worth_bytes=11)) == []
+    assert planned([waiting("j1", "b")], [busy("gpu0", need("a"))], Policy(min_prefetch_bytes=11)) == []
 
 
 def test_one_job_ahead_for_each_device_and_no_job_twice():
-    boxes = [busy("gpu0", need("a"), ahead="j1"), busy("gpu1", need("a"), free_at=3.0)]
+    boxes = [busy("gpu0", need("a"), prefetching_for="j1"), busy("gpu1", need("a"), free_at=3.0)]
     assert planned([waiting("j1", "b")], boxes) == []
     assert planned([waiting("j1", "b"), waiting("j2", "b")], boxes) == [Prefetch("gpu1", "j2", ("b",))]
 
@@ -82,23 +82,23 @@ def test_what_was_only_brought_is_no_reason_for_another_job_to_go_first():
     a, b = WaitingJob("a1", need("a"), "ada", expected_s=2.0), WaitingJob("b1", need("b"), "ada", expected_s=1.0)
     box = DeviceState("gpu0", 50, (("b", 10), ("a", 10)), link_bytes_per_s=10.0)
     assert planned([a, b], [box])[0] == Start("b1", "gpu0")
-    assert planned([a, b], [replace(box, brought=frozenset("b"))])[0] == Start("a1", "gpu0")
-    cold = replace(box, id="gpu1", resident=(), brought=frozenset())
-    assert planned([b], [cold, replace(box, brought=frozenset("b"))]) == [Start("b1", "gpu0")]
+    assert planned([a, b], [replace(box, prefetched=frozenset("b"))])[0] == Start("a1", "gpu0")
+    cold = replace(box, id="gpu1", resident=(), prefetched=frozenset())
+    assert planned([b], [cold, replace(box, prefetched=frozenset("b"))]) == [Start("b1", "gpu0")]
 
 
 def test_where_the_device_has_no_room_the_host_gets_a_copy_beside_those_in_use():
-    box = busy("gpu0", need("a"), budget=20, host_budget_bytes=20, copies=(("a", 10),))
+    box = busy("gpu0", need("a"), budget=20, host_budget_bytes=20, host_copies=(("a", 10),))
     assert planned([waiting("j1", "b")], [box]) == [Prefetch("gpu0", "j1", (), ("b",))]
     assert planned([waiting("j1", "b")], [replace(box, host_budget_bytes=19)]) == []
-    assert planned([waiting("j1", "b")], [replace(box, copies=(("a", 10), ("b", 10)))]) == []
+    assert planned([waiting("j1", "b")], [replace(box, host_copies=(("a", 10), ("b", 10)))]) == []
 
 
 def test_a_job_that_runs_with_some_of_its_weights_only_gets_copies_in_host_memory_prepared():
     phases = (Phase("encode", ("t5",), 1), Phase("denoise", ("dev",), 1))
     staged = Need((("t5", 10), ("dev", 10)), 1, phases)
-    box = DeviceState("gpu0", 15, (("x", 1),), idle=False, runs=need("x", working=1), host_budget_bytes=40)
-    assert planned([WaitingJob("j1", staged)], [replace(box, runs=Need((("x", 1),), 1))]) == [
+    box = DeviceState("gpu0", 15, (("x", 1),), idle=False, running_need=need("x", working=1), host_budget_bytes=40)
+    assert planned([WaitingJob("j1", staged)], [replace(box, running_need=Need((("x", 1),), 1))]) == [
         Prefetch("gpu0", "j1", (), ("t5", "dev"))
     ]
 
@@ -143,14 +143,16 @@ def test_no_budget_is_ever_passed_and_nothing_in_use_is_taken(
         assert started == {action.job_id for action in bare if isinstance(action, Start)}, "it delays no start"
         for action in actions:
             box = world.devices[getattr(action, "device", boxes[0].id)]
-            if isinstance(action, Evict) and box.runs:
-                assert action.key not in box.runs.keys, "what runs keeps its weights"
+            if isinstance(action, Evict) and box.running_need:
+                assert action.key not in box.running_need.keys, "what runs keeps its weights"
             if isinstance(action, Prefetch):
-                assert box.runs and not box.ahead and action.job_id not in started, "one ahead, of those that wait"
+                assert box.running_need and not box.prefetching_for and action.job_id not in started, (
+                    "one ahead, of those that wait"
+                )
         for box in devices:
-            held_back = box.runs.working_bytes if box.runs else 0
+            held_back = box.running_need.working_bytes if box.running_need else 0
             assert box.free_bytes >= held_back, "never over budget, whatever the running job takes"
-            assert sum(size for _, size in box.copies) <= (box.host_budget_bytes or 10**9), "nor the host's"
+            assert sum(size for _, size in box.host_copies) <= (box.host_budget_bytes or 10**9), "nor the host's"
         return actions
 
     world.decide = watched
@@ -168,7 +170,7 @@ def test_nobody_waits_longer_than_promised_with_prefetch_either(
     """The formula of `docs/scheduling.md`, with R as it is without prefetch: it only makes loading shorter."""
     from tests.scheduling.test_fairness import able_count, earlier
 
-    runs = lived(jobs, boxes, replace(EAGER, age_cap_s=cap_s))
+    runs = lived(jobs, boxes, replace(EAGER, max_wait_s=cap_s))
     assert sorted(run.job.job_id for run in runs) == sorted(job.job_id for job in jobs)
     link = min(box.link_bytes_per_s for box in boxes)
     longest_s = max(job.expected_s + job.need.weights_bytes / link for job in jobs)

@@ -1,4 +1,4 @@
-"""The whole app in-process, over workers that end every job at once: for who may do what, and what it costs."""
+"""The app in-process, over workers that finish every job at once: for tests of authorization, limits and credits."""
 
 import asyncio
 import base64
@@ -29,7 +29,7 @@ from server.workers.protocol import Cancel, Cancelled, Failed, Ready, Run, Succe
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that only tests advance."""
 
     def __init__(self) -> None:
         self.now = NOW
@@ -89,7 +89,7 @@ class InstantWorker:
                 self.emit(Cancelled(job_id))
 
     def release(self, *, holds: bool = False) -> None:
-        """End what is held; with `holds`, the next one is held again."""
+        """Finishes the held jobs; with `holds`, the next one is held again."""
         self.holds = holds
         while self.held:
             self.end(self.held.pop(0))
@@ -112,7 +112,7 @@ class InstantWorker:
 
 @dataclass
 class ApiUser:
-    """A user and how they call: `ask` posts JSON, `read` gets it."""
+    """A user and their HTTP client: `ask` posts JSON, `read` gets it."""
 
     id: str
     key: str
@@ -136,7 +136,7 @@ class ApiUser:
 
 
 class InProcessApp:
-    """A served app and the people in front of it."""
+    """An app served in-process, and its users."""
 
     def __init__(self, made: Services, clock: Clock) -> None:
         self.services, self.clock = made, clock
@@ -178,14 +178,14 @@ class InProcessApp:
         return list(self.db.query(sql, values))
 
     async def settle(self) -> None:
-        """Until the dispatcher has handled all it was told."""
+        """Waits until the dispatcher has handled all messages."""
         for _ in range(20):
             await asyncio.sleep(0)
             await self.services.jobs.database.call(lambda: None)
 
 
 def install_test_models(folder: Path) -> Settings:
-    """Two models that make pictures, one that enlarges and one that cuts out; their weights are a few bytes."""
+    """Installs two image models, an upscaler and a background remover, with weights of a few bytes."""
     part = folder / "part.safetensors"
     part.parent.mkdir(parents=True, exist_ok=True)
     save_file({"weight": np.ones((4, 4), np.float32)}, part)
@@ -241,7 +241,7 @@ def app_test(**options: Any) -> Callable[[Callable[[InProcessApp], Awaitable[Non
 
 @functools.cache
 def picture() -> str:
-    """A small one, as a data URL."""
+    """A small PNG, as a data URL."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 30, 30)).save(buffer, "png")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

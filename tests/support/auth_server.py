@@ -30,7 +30,7 @@ PATIENCE_S = 120.0
 
 @dataclass
 class MovableClock:
-    """The true time, moved on by `ahead_s`."""
+    """The real time plus `ahead_s`."""
 
     ahead_s: float = 0.0
 
@@ -39,14 +39,14 @@ class MovableClock:
 
 
 @dataclass
-class Served:
+class AuthServer:
     address: str
     made: Services
     clock: MovableClock
     data: Path
 
     def newest_mail(self) -> dict[str, str]:
-        """Waits for a mail that is still being written: it goes out behind the answer's back."""
+        """The last mail. Waits for background work: mails are sent after the response."""
         for task in list(self.made.auth.mailer._tasks):
             while not task.done():
                 time.sleep(0.005)
@@ -54,7 +54,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def auth_server(data: Path, **options: Any) -> Iterator[Served]:
+def auth_server(data: Path, **options: Any) -> Iterator[AuthServer]:
     """Serves from a thread, without workers, until the block ends."""
     clock = MovableClock()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -68,7 +68,7 @@ def auth_server(data: Path, **options: Any) -> Iterator[Served]:
         while not server.started:
             time.sleep(0.01)
         try:
-            yield Served(f"http://127.0.0.1:{port}", made, clock, data)
+            yield AuthServer(f"http://127.0.0.1:{port}", made, clock, data)
         finally:
             server.should_exit = True
             thread.join()
@@ -76,27 +76,27 @@ def auth_server(data: Path, **options: Any) -> Iterator[Served]:
 
 @dataclass
 class Report:
-    """What a script checked: names, and why some failed."""
+    """The checks of a script, and the reasons of those that failed."""
 
     checked: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def run_checks(script: str, package: str, served: Served) -> Report:
-    """Runs a script of `tests/better_auth`, and does it the favours that it asks for."""
+def run_checks(script: str, package: str, served: AuthServer) -> Report:
+    """Runs a script of `tests/better_auth` and handles its requests: advance the clock, read the newest mail."""
     report = Report()
     command = ["node", script, package, served.address]
     with subprocess.Popen(command, cwd=FOLDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as node:
         assert node.stdin and node.stdout
         for line in node.stdout:
-            said = json.loads(line)
-            if "ask" in said:
-                node.stdin.write(json.dumps(_favour(served, said)) + "\n")
+            message = json.loads(line)
+            if "ask" in message:
+                node.stdin.write(json.dumps(_handle_request(served, message)) + "\n")
                 node.stdin.flush()
-            elif "check" in said:
-                report.checked.append(said["check"])
-                if not said["ok"]:
-                    report.failed[said["check"]] = said["why"]
+            elif "check" in message:
+                report.checked.append(message["check"])
+                if not message["ok"]:
+                    report.failed[message["check"]] = message["why"]
             else:
                 break
         assert node.wait(PATIENCE_S) == 0
@@ -108,25 +108,25 @@ def node_output(*arguments: str) -> str:
 
 
 def installed() -> None:
-    """Install the packages on first use. Where that cannot be, skip and say why; on CI, fail."""
+    """Installs the packages on first use. If that is impossible, skips with the reason; on CI, fails."""
     wanted = (FOLDER / "package.json").read_text()
     mark = FOLDER / "node_modules" / ".installed"
     if not (shutil.which("node") and shutil.which("npm")):
-        return _cannot("there is no node and npm")
+        return _skip_or_fail("there is no node and npm")
     if mark.exists() and mark.read_text() == wanted:
         return None
     done = subprocess.run(INSTALL, cwd=FOLDER, capture_output=True, text=True, timeout=PATIENCE_S)
     if done.returncode:
-        return _cannot(f"npm cannot install the client: {done.stderr[-400:]}")
+        return _skip_or_fail(f"npm cannot install the client: {done.stderr[-400:]}")
     mark.write_text(wanted)
     return None
 
 
-def _cannot(reason: str) -> None:
+def _skip_or_fail(reason: str) -> None:
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
-def _favour(served: Served, asked: dict[str, Any]) -> Any:
+def _handle_request(served: AuthServer, asked: dict[str, Any]) -> Any:
     if asked["ask"] == "advance":
         served.clock.ahead_s += asked["value"]
         return "done"

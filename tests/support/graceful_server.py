@@ -14,14 +14,14 @@ from server.workers.supervisor import Supervisor
 from tests.support.app import CPU, install_test_models
 
 
-def main(folder: Path, patience_s: float) -> None:
+def main(folder: Path, timeout_s: float) -> None:
     made = services.build_services(
         install_test_models(folder), [CPU], spawn=partial(Supervisor, module="tests.support.stub_worker")
     )
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], made.first_key, flush=True)
     config = uvicorn.Config(create_app(made), log_level="warning", timeout_graceful_shutdown=10)
-    GracefulServer(config, made.dispatcher, patience_s).run([listener])
+    GracefulServer(config, made.dispatcher, timeout_s).run([listener])
 
 
 if __name__ == "__main__":

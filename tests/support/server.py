@@ -1,4 +1,4 @@
-"""A whole server on a real socket, with a real worker process, tiny Flux weights and the real starter weights."""
+"""A server on a real socket with a real worker process, tiny Flux weights and the real starter weights."""
 
 import asyncio
 import base64
@@ -129,7 +129,7 @@ files = ["elsewhere.safetensors"]
 
 @dataclass
 class LiveServer:
-    """A running server. `ask` posts JSON with the owner's key and answers the response."""
+    """A running server. `ask` posts JSON with the owner's key and returns the response."""
 
     services: Services
     client: httpx.Client
@@ -155,17 +155,17 @@ class LiveServer:
         return {path.name for path in self.services.files.root.iterdir()}
 
     def until(self, holds: Callable[[], Any]) -> Any:
-        """Wait for something that another process brings about."""
+        """Waits until a condition of another process holds, and returns its value."""
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             if found := holds():
                 return found
             time.sleep(0.02)
-        raise AssertionError(f"still not so after {PATIENCE_S} s")
+        raise AssertionError(f"condition not met after {PATIENCE_S} s")
 
 
 def install_test_models(folder: Path) -> Settings:
-    """A data folder with every model of the test catalogue installed that can be, and its `weights.toml`."""
+    """Creates the test catalogue and a data folder with all of its installable models."""
     weights = folder / "made"
     weights.mkdir(parents=True)
     tiny_flux.make_all(weights)

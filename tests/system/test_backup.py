@@ -1,4 +1,4 @@
-"""Backups, damaged and newer databases, full disks: what an operator meets on a bad day."""
+"""Backup and restore; damaged, newer and locked databases; full disks."""
 
 import contextlib
 import os
@@ -48,7 +48,7 @@ def finish(store: JobStore, settings: Settings, user: str, number: int) -> None:
     store.succeed(f"j{number}", {}, NOW)
 
 
-def test_a_backup_is_the_database_of_one_moment_and_comes_back(tmp_path: Path):
+def test_a_backup_is_a_consistent_snapshot_and_can_be_restored(tmp_path: Path):
     settings, _ = installed_models(tmp_path / "data")
     taken = backup.back_up(settings.database, settings.files, tmp_path / "copy")
     assert (taken.jobs, len(taken.files), taken.missing) == (3, 3, ())
@@ -62,7 +62,7 @@ def test_a_backup_is_the_database_of_one_moment_and_comes_back(tmp_path: Path):
 
 
 def test_a_backup_under_load_adds_up(tmp_path: Path):
-    """While jobs come and end all the time, every copy's books are in order."""
+    """While jobs are submitted and finish, the ledger of every copy adds up."""
     settings, user = installed_models(tmp_path / "data")
     busy = threading.Event()
 
@@ -99,7 +99,7 @@ def test_a_damaged_copy_is_not_restored(tmp_path: Path):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_database_of_every_earlier_schema_is_brought_up_to_date(tmp_path: Path, step: str):
+def test_a_database_of_every_earlier_schema_is_migrated(tmp_path: Path, step: str):
     path = tmp_path / "old.sqlite"
     old = Connection(path)
     migrations.apply(old, stop_before=step)
@@ -111,7 +111,7 @@ def test_a_database_of_every_earlier_schema_is_brought_up_to_date(tmp_path: Path
     store.database.close()
 
 
-def test_jobs_of_the_first_schema_outlive_the_upgrade(tmp_path: Path):
+def test_jobs_of_the_first_schema_survive_the_migrations(tmp_path: Path):
     path = tmp_path / "old.sqlite"
     old = Connection(path)
     migrations.apply(old, stop_before="0002_auth")
@@ -128,7 +128,7 @@ def test_jobs_of_the_first_schema_outlive_the_upgrade(tmp_path: Path):
     store.database.close()
 
 
-def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path):
+def test_a_newer_database_is_refused_and_unchanged(tmp_path: Path):
     settings, _ = installed_models(tmp_path)
     with sqlite3.connect(settings.database) as db:
         db.execute("INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES ('plantain', '9999_x', '')")
@@ -139,7 +139,7 @@ def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path):
     assert ("bad", True) in [(state, "newer" in text) for state, text in doctor.database(settings)]
 
 
-def test_what_is_no_database_is_refused_and_named(tmp_path: Path):
+def test_a_file_that_is_no_database_is_refused_and_named(tmp_path: Path):
     settings = Settings(data=tmp_path)
     settings.database.write_bytes(b"not a database at all" * 100)
     with pytest.raises(DatabaseUnusable, match=r"damaged.*plantain restore"):
@@ -177,13 +177,13 @@ def test_a_clock_set_back_and_files_that_are_gone_are_named(tmp_path: Path):
     ("error", "status", "code"),
     [("database or disk is full", 507, "STORAGE_FULL"), ("database is locked", 503, "UNAVAILABLE")],
 )
-def test_callers_are_told_in_the_envelope(error: str, status: int, code: str):
+def test_database_errors_in_the_envelope(error: str, status: int, code: str):
     told = database_error_response(sqlite3.OperationalError(error))
     assert (told.status, told.code) == (status, code)
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path):
-    """SQLite's own limit on the file's size stands for the disk's."""
+    """A full disk is simulated by SQLite's own limit of the file size."""
     settings, user = installed_models(tmp_path)
     store = JobStore(Database(settings.database))
     pages = store.db.execute("PRAGMA page_count").fetchone()[0]
@@ -225,7 +225,7 @@ def test_nothing_is_restored_under_a_running_server(tmp_path: Path):
     assert (code, "Another server is using" in told) == (1, True)
 
 
-def test_a_data_folder_that_cannot_be_written_is_said(tmp_path: Path):
+def test_a_data_folder_that_cannot_be_written_is_reported(tmp_path: Path):
     (tmp_path / "file").touch()
     code, told = plantain("serve", "--data", tmp_path / "file" / "data")
     assert code == 1 and "the data folder cannot be written" in told
@@ -239,7 +239,7 @@ def test_a_damaged_database_is_one_line_at_the_command_line(tmp_path: Path):
     assert code == 1 and "plantain restore FILE" in told and "Traceback" not in told
 
 
-def test_promises_at_the_command_line(tmp_path: Path):
+def test_the_start_prediction_error_at_the_command_line(tmp_path: Path):
     settings, _ = installed_models(tmp_path / "data")
     with contextlib.closing(sqlite3.connect(settings.database)) as db:
         db.execute("UPDATE job SET promised_start_at = started_at - 3")

@@ -1,4 +1,4 @@
-"""Nothing is lost when the power goes: server or worker killed at any moment. `scripts/crash` kills more often."""
+"""Crash safety: server or worker killed at any moment loses nothing. `scripts/crash` kills more often."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""SIGTERM, in a real process: what runs is finished, what waits stays, and a second one ends it at once."""
+"""Graceful shutdown on SIGTERM in a real process, and the immediate stop on a second one."""
 
 import signal
 import sqlite3
@@ -32,7 +32,7 @@ class Served:
             time.sleep(0.02)
 
     def ask_to_stop(self) -> None:
-        """Returns once the process has said that it was asked."""
+        """Sends a signal and returns after the process has logged it."""
         assert self.process.stderr
         self.process.send_signal(signal.SIGTERM)
         assert any("SIGTERM" in line for line in self.process.stderr)
@@ -43,8 +43,8 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path, patience_s: float = 30.0) -> Iterator[Served]:
-    command = [sys.executable, "-m", "tests.support.graceful_server", str(folder), str(patience_s)]
+def serving(folder: Path, timeout_s: float = 30.0) -> Iterator[Served]:
+    command = [sys.executable, "-m", "tests.support.graceful_server", str(folder), str(timeout_s)]
     process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         served = Served(process, folder)
@@ -69,7 +69,7 @@ def test_the_running_job_is_finished_and_the_waiting_one_stays(tmp_path: Path):
         assert it.rows() == [("succeeded", 1), ("queued", 0)]
 
 
-def test_a_second_signal_ends_it_at_once_and_costs_no_attempt(tmp_path: Path):
+def test_a_second_signal_stops_at_once_and_costs_no_attempt(tmp_path: Path):
     with serving(tmp_path) as it:
         it.until_running(it.submit("slow 60"))
         it.ask_to_stop()
@@ -80,8 +80,8 @@ def test_a_second_signal_ends_it_at_once_and_costs_no_attempt(tmp_path: Path):
         assert it.rows() == [("queued", 0)]
 
 
-def test_patience_ends(tmp_path: Path):
-    with serving(tmp_path, patience_s=0.5) as it:
+def test_the_shutdown_timeout(tmp_path: Path):
+    with serving(tmp_path, timeout_s=0.5) as it:
         it.until_running(it.submit("slow 60"))
         it.process.send_signal(signal.SIGTERM)
         it.process.wait(20)
