@@ -26,6 +26,7 @@ def test_every_setting_is_in_the_docs_and_can_be_set_by_the_environment():
 def test_settings_are_read_from_the_environment():
     found = from_environment({"PLANTAIN_PORT": "9000", "PLANTAIN_OFFLINE": "yes", "PLANTAIN_DATA": "/x", "OTHER": "1"})
     assert found == {"port": 9000, "offline": True, "data": Path("/x")}
+    assert from_environment({"PLANTAIN_STOP_PATIENCE_S": "5"}) == {"shutdown_timeout_s": 5.0}, "the former name"
     with pytest.raises(ValueError, match="neither true nor false"):
         from_environment({"PLANTAIN_OFFLINE": "perhaps"})
 
