@@ -1,1 +1,1 @@
-"""Models: what they are, where their weights lie, and how each family runs them. Never imports the server."""
+"""Models: the catalogue, installed weights, residency on devices, one adapter per family. Never imports the server."""

@@ -14,6 +14,7 @@ from server.settings import PROJECT, Settings, from_environment
 from tests.support.server import LiveServer
 
 README = (PROJECT / "README.md").read_text()
+PAGES = [*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")]
 DOCS = {path.name: path.read_text() for path in (PROJECT / "docs").glob("*.md")}
 
 
@@ -25,6 +26,7 @@ def test_every_setting_is_in_the_docs_and_can_be_set_by_the_environment():
 def test_settings_are_read_from_the_environment():
     found = from_environment({"PLANTAIN_PORT": "9000", "PLANTAIN_OFFLINE": "yes", "PLANTAIN_DATA": "/x", "OTHER": "1"})
     assert found == {"port": 9000, "offline": True, "data": Path("/x")}
+    assert from_environment({"PLANTAIN_STOP_PATIENCE_S": "5"}) == {"shutdown_timeout_s": 5.0}, "the former name"
     with pytest.raises(ValueError, match="neither true nor false"):
         from_environment({"PLANTAIN_OFFLINE": "perhaps"})
 
@@ -69,3 +71,13 @@ def test_the_readmes_calls_work_as_they_stand(live_server: LiveServer):
         ["height", "imageUrl", "width"],
         ["imageUrl", "seed"],
     ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_links_and_paths_exist(page: Path):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+    if "measurements" not in page.parts:  # a measurement names the files of its day
+        for path in re.findall(r"`((?:server|pipelines|scripts|tests|docs)/[\w./-]+)", text):
+            assert (PROJECT / path).exists(), path

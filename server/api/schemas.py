@@ -11,44 +11,6 @@ from server.jobs.job import Job
 from server.services import Services
 from server.timestamps import iso, iso_or_none
 
-
-def usage_response(lines: Sequence[Usage], period: Period, form: str) -> Response:
-    if form == "csv":
-        name = f"usage-{period.first}-{period.last}.csv"
-        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return Response(usage.as_csv(lines), media_type="text/csv", headers=headers)
-    return JSONResponse(
-        {
-            "usage": usage.as_json(lines),
-            "totals": usage.totals(lines),
-            "from": str(period.first),
-            "to": str(period.last),
-            "nextCursor": None,
-        }
-    )
-
-
-def paginated(name: str, items: Sequence[Mapping[str, Any]], limit: int) -> dict[str, Any]:
-    """One page of a list: the items under `name`, and as cursor the id of the last one if there may be more."""
-    return {name: items, "nextCursor": items[-1]["id"] if len(items) == limit else None}
-
-
-def entries_json(rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    return paginated("entries", [_entry(row) for row in rows], limit)
-
-
-def _entry(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "id": row["id"],
-        "kind": row["kind"],
-        "amount": row["amount"],
-        "balance": row["balance"],
-        "jobId": row["job_id"],
-        "note": row["note"],
-        "createdAt": iso(row["created_at"]),
-    }
-
-
 FILES = frozenset({"image", "images", "video", "audio"})
 NO_SEED = 0
 """The seed of an output if the model at fal takes none and reports none."""
@@ -134,3 +96,40 @@ def _params(services: Services, params: Mapping[str, Any], base_url: str) -> dic
     elif urls:
         shown["imageUrls"] = urls
     return shown
+
+
+def usage_response(lines: Sequence[Usage], period: Period, form: str) -> Response:
+    if form == "csv":
+        name = f"usage-{period.first}-{period.last}.csv"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(usage.as_csv(lines), media_type="text/csv", headers=headers)
+    return JSONResponse(
+        {
+            "usage": usage.as_json(lines),
+            "totals": usage.totals(lines),
+            "from": str(period.first),
+            "to": str(period.last),
+            "nextCursor": None,
+        }
+    )
+
+
+def paginated(name: str, items: Sequence[Mapping[str, Any]], limit: int) -> dict[str, Any]:
+    """One page of a list: the items under `name`, and as cursor the id of the last one if there may be more."""
+    return {name: items, "nextCursor": items[-1]["id"] if len(items) == limit else None}
+
+
+def entries_json(rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    return paginated("entries", [_entry(row) for row in rows], limit)
+
+
+def _entry(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": row["id"],
+        "kind": row["kind"],
+        "amount": row["amount"],
+        "balance": row["balance"],
+        "jobId": row["job_id"],
+        "note": row["note"],
+        "createdAt": iso(row["created_at"]),
+    }

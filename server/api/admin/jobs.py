@@ -30,6 +30,10 @@ FRONT = 1000
 """The priority of a job that was moved to the front."""
 
 
+class Priority(StrictBody):
+    priority: Annotated[int, Field(ge=-FRONT, le=FRONT)]
+
+
 @router.get("/jobs")
 async def list_jobs(
     _: Admin,
@@ -60,21 +64,6 @@ async def cancel_job(job_id: str, caller: Admin, services: ServicesDep, base_url
     return JSONResponse(_job_json(services, job, base_url), status_code=200 if job.is_final else 202)
 
 
-def _job_json(services: Services, job: Job, base_url: str) -> dict[str, Any]:
-    return {**job_json(services, job, base_url), "userId": job.user_id, "keyId": job.key_id}
-
-
-async def _job(services: Services, job_id: str) -> Job:
-    try:
-        return await services.database.call(services.jobs.job, job_id)
-    except KeyError:
-        raise NotFound(f"There is no job {job_id!r}.") from None
-
-
-class Priority(StrictBody):
-    priority: Annotated[int, Field(ge=-FRONT, le=FRONT)]
-
-
 @router.post("/jobs/{job_id}/front")
 async def move_to_front(job_id: str, caller: Admin, services: ServicesDep) -> JSONResponse:
     return await _set_priority(services, caller, job_id, FRONT)
@@ -97,3 +86,14 @@ async def _set_priority(services: Services, caller: Caller, job_id: str, priorit
     job = await services.dispatcher.set_priority(job_id, priority)
     await audited(services, caller, AdminContext.record, "jobs.priority", job_id, priority=priority)
     return JSONResponse({"id": job.id, "status": job.status, "priority": job.priority})
+
+
+def _job_json(services: Services, job: Job, base_url: str) -> dict[str, Any]:
+    return {**job_json(services, job, base_url), "userId": job.user_id, "keyId": job.key_id}
+
+
+async def _job(services: Services, job_id: str) -> Job:
+    try:
+        return await services.database.call(services.jobs.job, job_id)
+    except KeyError:
+        raise NotFound(f"There is no job {job_id!r}.") from None
