@@ -1,7 +1,7 @@
 """Parameters, written once: the fields, the bodies that callers send, and the params that pipelines run."""
 
-from pathlib import Path
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator

@@ -243,6 +243,6 @@ MAY_BE_ASSIGNED_TO = {
 def test_the_http_process_loads_no_torch():
     """Nor a worker's modules, however indirectly."""
     found = f"sorted({HEAVY!r} & set(sys.modules)), 'server.workers.process' in sys.modules"
-    code = f"import sys, server.cli, server.app; print({found})"
+    code = f"import sys, server.cli.main, server.app; print({found})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "[] False"

@@ -1,5 +1,5 @@
 """`python -m server.cli`."""
 
-from server.cli import app
+from server.cli.main import app
 
 app()

@@ -21,7 +21,6 @@ from pipelines.weights.install import OnProgress, Progress
 from pipelines.weights.installed import Installed
 from pipelines.weights.pull import installed, pull
 from pipelines.weights.verify import verify, verify_demo
-from server.cli import common
 
 DataFolder = Annotated[Path, typer.Option("--data", envvar="PLANTAIN_DATA", help="The server's data folder.")]
 Offline = Annotated[bool, typer.Option("--offline", envvar="PLANTAIN_OFFLINE", help="Never use the network.")]
@@ -146,13 +145,14 @@ def models(
 
 
 def show_memory(catalog: Catalog, here: Installed, data: Path, as_json: bool) -> None:
+    from server.cli.common import print_table  # loads the database, which other commands here do without
     from server.cli.devices import MEMORY, memory_rows
 
     rows = memory_rows(catalog, here, data)
     if as_json:
         typer.echo(json.dumps({"memory": rows}, indent=1))
     else:
-        common.print_table(rows, MEMORY)
+        print_table(rows, MEMORY)
 
 
 def describe(model: Model, here: Installed) -> dict[str, Any]:

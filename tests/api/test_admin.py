@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.accounts import keys
-from server.cli import app as cli
+from server.cli.main import app as cli
 from server.db.database import Database
 from server.errors import KeyDisabled
 from server.jobs.store import JobStore

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server import settings
-from server.cli import app as cli
+from server.cli.main import app as cli
 from server.settings import OpenToAll, Settings
 from tests.support.app import GENERATE, InProcessApp, app_test
 

@@ -16,7 +16,7 @@ from server.auth import importer, passwords
 from server.auth.credentials import find_by_email
 from server.auth.secret import Secret
 from server.auth.sessions import of_user
-from server.cli import app as cli
+from server.cli.main import app as cli
 from server.db.database import Database
 from server.errors import BadRequest
 from server.jobs.store import JobStore

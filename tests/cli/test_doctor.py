@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.catalog.reader import load_catalog
-from server.cli import app
 from server.cli.doctor import Finding, examine
+from server.cli.main import app
 from server.settings import Settings
 from server.workers.devices import DeviceSpec
 from tests.pipelines.test_quantization import table

@@ -23,8 +23,8 @@ from pipelines.weights.installed import Installed
 from pipelines.weights.pull import pull
 from pipelines.weights.verify import verify_demo
 from server import services
-from server.cli import app as cli
 from server.cli.doctor import examine
+from server.cli.main import app as cli
 from server.cli.serve import _print_startup
 from server.errors import ModelNotInstalled, PlantainError, RemoteUnavailable, UnsupportedWorkflow
 from server.intake.routing import choose_route

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pipelines.catalog.reader import load_catalog
 from pipelines.weights.installed import Installed
 from pipelines.weights.pull import pull
-from server.cli import app
+from server.cli.main import app
 from server.scheduling.need import Shape, need_of
 from server.settings import Settings
 from server.workers.devices import DeviceSpec

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
+from server.cli.main import app
 from server.scheduling.plan import Policy
 from server.settings import Settings
 from server.workers.protocol import Evict, Prefetched, Resident, Run

@@ -15,7 +15,7 @@ from pipelines.params import TextToImage
 from pipelines.weights.importer import import_folder
 from pipelines.weights.installed import Installed
 from pipelines.weights.lock import Lock
-from server.cli import app
+from server.cli.main import app
 from server.model_registry import ModelRegistry
 from server.scheduling.need import Need, Phase, with_extra_bytes
 from server.settings import Settings

@@ -29,7 +29,7 @@ from pipelines.weights.installed import Installed
 from pipelines.weights.lock import Lock
 from pipelines.weights.pull import pull
 from pipelines.weights.sizes import block_of
-from server.cli import app
+from server.cli.main import app
 from tests.support.tiny import video as tiny_video
 from tests.support.tiny.flux import make_flux
 from tests.support.tiny.gguf import tensors_of, write_gguf

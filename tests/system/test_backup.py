@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from server.accounts import ledger, users
-from server.cli import app, doctor
+from server.cli import doctor
 from server.cli.common import lock_data
+from server.cli.main import app
 from server.db import backup
 from server.db.database import Connection, Database, DatabaseUnusable, database_error_response
 from server.db.migrations import migrations
