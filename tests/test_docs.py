@@ -76,8 +76,16 @@ def test_the_readmes_calls_work_as_they_stand(live_server: LiveServer):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
 def test_links_and_paths_exist(page: Path):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not heading or heading in headings(file), (target, heading)
     if "measurements" not in page.parts:  # a measurement names the files of its day
         for path in re.findall(r"`((?:server|pipelines|scripts|tests|docs)/[\w./-]+)", text):
             assert (PROJECT / path).exists(), path
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
