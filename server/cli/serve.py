@@ -58,14 +58,7 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with lock_data(settings.data):
         services = _build(settings)
-        config = uvicorn.Config(
-            create_app(services),
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            timeout_graceful_shutdown=CONNECTIONS_TIMEOUT_S,
-            server_header=False,
-        )
+        config = _server_config(settings, services)
         listener = config.bind_socket()  # before the start-up message says that it listens
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it on its own sockets only
         _print_startup(settings, services)
@@ -116,6 +109,17 @@ def _build(settings: Settings) -> Services:
         return build_services(settings)
     except (SettingsError, UnusableWeights) as error:
         raise typer.Exit(print_error(str(error))) from None
+
+
+def _server_config(settings: Settings, services: Services) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(services),
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        timeout_graceful_shutdown=CONNECTIONS_TIMEOUT_S,
+        server_header=False,
+    )
 
 
 def _fetch_starter(settings: Settings) -> None:
