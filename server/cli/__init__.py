@@ -8,6 +8,3 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, hel
 
 for commands in (serve, weights, users, reports, backup, doctor, devices):
     commands.register(app)
-
-if __name__ == "__main__":
-    app()
