@@ -48,11 +48,11 @@ def admin_context(data: Path) -> Iterator[AdminContext]:
 
 
 def print_table(rows: list[dict[str, object]], columns: list[str]) -> None:
-    """Prints rows as a table; None is empty."""
+    """Prints rows as a table. Columns that are None, or that a row does not have, are empty."""
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
-    Console().print(table)
+        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
+    Console(markup=False).print(table)  # a cell may hold square brackets
 
 
 def lock_data(data: Path) -> IO[str]:
@@ -75,5 +75,5 @@ def lock_data(data: Path) -> IO[str]:
 
 def print_error(error: object) -> int:
     """Prints a message on standard error and returns the exit status 1."""
-    Console(stderr=True).print(f"[red]{error}[/red]", highlight=False)
+    Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
     return 1

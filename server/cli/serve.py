@@ -130,7 +130,7 @@ def _fetch_starter(settings: Settings) -> None:
         if missing:
             pull_each(missing, settings.weights, settings.offline, accept_licence=False)
     except PullError as error:
-        Console(stderr=True).print(f"[yellow]{error}[/yellow]", highlight=False)
+        Console(stderr=True).print(str(error), style="yellow", markup=False, highlight=False)
 
 
 def _print_startup(settings: Settings, services: Services) -> None:
