@@ -126,7 +126,7 @@ def test_quantised(kind: str, tmp_path: Path):
 def test_compiled(demo: Weights, backend: str, monkeypatch: pytest.MonkeyPatch):
     """`eager` runs the graphs that the compiler would be given."""
     torch.compiler.reset()
-    monkeypatch.setattr(diffusion, "BACKEND", backend)
+    monkeypatch.setattr(diffusion, "COMPILE_BACKEND", backend)
     assert shows(make(replace(demo, compiled=True), Residency("cpu")))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipelines.base import UnusableWeights
-from pipelines.catalog.catalog import WEIGHTS_TOML
+from pipelines.catalog.catalog import WEIGHTS_TOML, Model
 from pipelines.catalog.reader import load_catalog
 from pipelines.catalog.table import CatalogError
 from pipelines.weights.importer import import_folder
@@ -27,7 +27,7 @@ from server.cli.doctor import examine
 from server.cli.main import app as cli
 from server.cli.serve import _print_startup
 from server.errors import ModelNotInstalled, PlantainError, RemoteUnavailable, UnsupportedWorkflow
-from server.intake.routing import choose_route
+from server.intake.routing import choose_route, local_run
 from server.model_registry import ModelRegistry
 from server.settings import PROJECT, Settings
 from tests.api.test_video import video_url
@@ -222,26 +222,30 @@ FAL: Any = SimpleNamespace(connected=True, check=lambda: None)
 NO_FAL: Any = SimpleNamespace(connected=False, check=refuse)
 
 
+def destination(model: Model, workflow: str, route: Any, registry: ModelRegistry, remote: Any) -> str:
+    return choose_route(model, workflow, route, local_run(model, workflow, registry, None), remote)
+
+
 def test_own_weights_come_first_then_fal_then_the_demo(mine: Settings, tmp_path: Path):
     install(mine, tmp_path / "dev")
     shelf = shelf_of(mine)
     places = {
-        (model, route, desk is FAL): choose_route(shelf.find(model), "text-to-image", route, shelf, desk)
+        (model, route, desk is FAL): destination(shelf.find(model), "text-to-image", route, shelf, desk)
         for model in ("flux-dev", "flux-schnell")
         for route in ("prefer-local", "local-only")
         for desk in (FAL, NO_FAL)
     }
-    elsewhere = {each for each, place in places.items() if place == "fal"}
+    elsewhere = {each for each, place in places.items() if place == "remote"}
     assert elsewhere == {("flux-schnell", "prefer-local", True)}
     assert (shelf.demo(shelf.find("flux-dev")), shelf.demo(shelf.find("flux-schnell")) is None) == (None, False)
 
 
 def test_what_fal_does_not_do_runs_on_the_demo(settings: Settings):
     shelf, desk = shelf_of(settings), FAL
-    assert choose_route(shelf.find("flux-schnell"), "image-to-image", "prefer-local", shelf, desk) == "local"
-    assert choose_route(shelf.find("wan-2.1"), "extend", "prefer-local", shelf, desk) == "local"
-    assert choose_route(shelf.find("wan-2.1"), "text-to-video", "prefer-local", shelf, desk) == "fal"
-    assert choose_route(shelf.find("wan-2.1"), "lip-sync", "prefer-local", shelf, desk) == "fal"
+    assert destination(shelf.find("flux-schnell"), "image-to-image", "prefer-local", shelf, desk) == "local"
+    assert destination(shelf.find("wan-2.1"), "extend", "prefer-local", shelf, desk) == "local"
+    assert destination(shelf.find("wan-2.1"), "text-to-video", "prefer-local", shelf, desk) == "remote"
+    assert destination(shelf.find("wan-2.1"), "lip-sync", "prefer-local", shelf, desk) == "remote"
 
 
 @pytest.mark.parametrize(
@@ -255,13 +259,13 @@ def test_what_fal_does_not_do_runs_on_the_demo(settings: Settings):
 def test_what_it_is_not_for(settings: Settings, model: str, workflow: str, route: Any, error: type[PlantainError]):
     shelf, desk = shelf_of(settings), NO_FAL
     with pytest.raises(error):
-        choose_route(shelf.find(model), workflow, route, shelf, desk)
+        destination(shelf.find(model), workflow, route, shelf, desk)
 
 
 def test_turned_off_the_model_is_not_installed(settings: Settings):
     shelf = shelf_of(replace(settings, demo=False))
     with pytest.raises(ModelNotInstalled, match="plantain pull flux-dev"):
-        choose_route(shelf.find("flux-dev"), "text-to-image", "prefer-local", shelf, NO_FAL)
+        destination(shelf.find("flux-dev"), "text-to-image", "prefer-local", shelf, NO_FAL)
     assert shelf.on_demo() == [] and shelf.families() == []
 
 
@@ -271,7 +275,7 @@ def test_it_does_not_hide_that_installed_weights_are_damaged(mine: Settings, tmp
     shelf = shelf_of(mine)
     assert shelf.installed.status(shelf.find("flux-dev")) == "missing"
     with pytest.raises(ModelNotInstalled):
-        choose_route(shelf.find("flux-dev"), "text-to-image", "prefer-local", shelf, NO_FAL)
+        destination(shelf.find("flux-dev"), "text-to-image", "prefer-local", shelf, NO_FAL)
 
 
 def test_wan_itself_picks_an_installed_variant_before_the_demo(settings: Settings):
